@@ -11,9 +11,10 @@ delta nets, whose prompts it computes token by token on CUDA, it runs out of mem
 gets the first 32 requests, and computes one prompt at a time.
 
 Loads: 128 requests of load M's lengths (prompts of 64-1024 tokens, responses of 32-256), 64 at a
-time, after rounds in which most shapes of steps are recorded as graphs; one stream of 256 tokens;
-and first tokens of 64 prompts of 4,096 tokens that arrive at once, new ones and then some that
-share 90 % with one that was computed before, several times. Prints a JSON object for each model.
+time, after rounds whose shapes of steps are recorded as graphs between them; one stream of 256
+tokens; and first tokens of 64 prompts of 4,096 tokens that arrive at once, new ones and then some
+that share 90 % with one that was computed before, several times. Prints a JSON object for each
+model.
 """
 
 from __future__ import annotations
@@ -117,7 +118,15 @@ def active_bytes(model: Any) -> int:
 def make_engine(model: Any, name: str) -> Engine:
     loaded = LoadedModel(model, {"vocab_size": VOCABULARY}, Silent(), name, CONTEXT, (), 0)
     config = EngineConfig(max_num_seqs=AT_ONCE, kv_cache_bytes=20 << 30, max_model_len=CONTEXT)
-    return Engine(loaded, config)
+    engine = Engine(loaded, config)
+    rest(engine)  # from now on, recording waits for idle time, as in a server
+    return engine
+
+
+def rest(engine: Engine) -> None:
+    """Use idle time, as a server does between bursts, until no shape waits to be recorded."""
+    while engine.use_idle_time():
+        pass
 
 
 def one_stream(engine: Engine) -> float:
@@ -144,6 +153,7 @@ def one_stream_of_mlx_lm(model: Any) -> float:
 def first_tokens(engine: Engine, prompts: list[list[int]], name: str) -> float:
     """Return the p50 of the seconds to the first token of prompts that arrive at once."""
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    rest(engine)
     start = time.perf_counter()
     for index, prompt in enumerate(prompts):
         engine.add_request(f"{name}-{index}", EngineRequest(prompt, params))
@@ -197,11 +207,13 @@ def measure(name: str, model: Any, *, peers: bool) -> dict[str, Any]:
     try:
         for number in range(WARM_ROUNDS):
             ours(engine, requests(8 + 10 * number), f"warm-{number}")
+            rest(engine)
         before = engine.stats()
         rates = []
         for number in range(3):
             rate, _ = ours(engine, requests(7 + 10 * number), f"counts-{number}")
             rates.append(round(rate))
+            rest(engine)
         after = engine.stats()
         found["ours"] = statistics.median(rates)
         found["rounds"] = rates
@@ -214,6 +226,7 @@ def measure(name: str, model: Any, *, peers: bool) -> dict[str, Any]:
             )
         ]
         one_stream(engine)
+        rest(engine)
         found["one_stream"] = round(one_stream(engine), 1)
         found |= shared_prefix(engine)
         found["notes"] = engine.notes

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Seconds without a call before idle time is used: the next request waits for what has begun.
+_QUIET_SECONDS = 0.1
+
 
 @dataclass(frozen=True, slots=True)
 class Abort:
@@ -494,7 +497,8 @@ class EngineClient(ABC):
 class EngineLoop:
     """Runs the steps of an engine and, between them, the calls of a queue; None ends it.
 
-    `emit` gets the events of each step and of each call.
+    `emit` gets the events of each step and of each call. While the engine has no work and no call
+    comes, it uses its idle time, piece by piece.
     """
 
     def __init__(
@@ -506,10 +510,13 @@ class EngineLoop:
         self._engine = engine
         self._calls = calls
         self._emit = emit
+        self._has_idle_work = False  # whether work may wait for idle time
 
     def run(self) -> None:
         """Return when None is in the queue; then call `end`."""
+        self._has_idle_work = self._engine.use_idle_time()  # from now on, work waits for it
         while self._take_calls():
+            self._has_idle_work = True
             try:
                 events = self._engine.step()
             except BaseException as error:  # noqa: BLE001 - the requests fail, not the engine
@@ -525,10 +532,15 @@ class EngineLoop:
     def _take_calls(self) -> bool:
         """Run the queued calls; if the engine has no work, wait for one. Return False to stop."""
         while True:
+            has_work = self._engine.has_work
             try:
-                call = self._calls.get(block=not self._engine.has_work)
+                quiet = _QUIET_SECONDS if self._has_idle_work else None
+                call = self._calls.get(block=not has_work, timeout=quiet)
             except queue.Empty:
-                return True
+                if has_work:
+                    return True
+                self._has_idle_work = self._engine.use_idle_time()
+                continue
             if call is None:
                 return False
             if isinstance(call, Abort):

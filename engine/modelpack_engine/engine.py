@@ -292,6 +292,10 @@ class Engine(BaseEngine):
         self._unload_removed_adapters()
         return self._outputs.take_events()
 
+    def use_idle_time(self) -> bool:
+        assert not self.has_work, "a request is unfinished"
+        return self._replays is not None and self._replays.use_idle_time()
+
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         events = super().abort(request_id, index)
         self._unload_removed_adapters()

@@ -112,6 +112,14 @@ class BaseEngine(ABC):
         """Whether a step would do anything."""
         return self._scheduler.has_work
 
+    def use_idle_time(self) -> bool:
+        """Do a piece of the work that waits for idle time; return whether there is more.
+
+        Call it while there is no work. A piece takes up to a second. Work waits from the first call
+        on; without calls, steps do it.
+        """
+        return False
+
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         """End a request, or its choice `index`; return the last events of its sequences.
 

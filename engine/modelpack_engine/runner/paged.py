@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,6 +52,7 @@ MIXED_DECODE_ROWS = (16, 32)
 Pools = list[tuple[mx.array, mx.array]]
 #: The arrays of each recurrent layer; None for those that it does not use.
 States = list[list[mx.array | None]]
+_Numbers = TypeVar("_Numbers", mx.array, NDArray[np.int32])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +78,30 @@ class Layout:
     axes: int = 1
     adapted: tuple[str, ...] = ()
 
-    def cut(self, packed: mx.array) -> list[mx.array]:
+    def cut(self, packed: _Numbers) -> list[_Numbers]:
         """Split `packed`: rotations, lengths, spans, sampled rows, segments and their owners,
         adapters, and the arrays of each group, which are slots, tables and tile tables.
         """
-        common = (
+        common: tuple[tuple[int, ...], ...] = (
             (self.axes, self.rows), (self.decode,), (self.tiles, 2), (self.sampled or 0,),
             (self.segments, 6), (self.rows if self.segments else 0,),
             (self.rows if self.adapted else 0,),
         )  # fmt: skip
+        of_group: tuple[tuple[int, ...], ...]
         of_group = (self.rows,), (self.decode, self.width), (self.tiles, self.tile_width)
-        found, start = [], 0
+        found, start = list[_Numbers](), 0
         for shape in (*common, *of_group * self.groups):
             stop = start + math.prod(shape)
             found.append(packed[start:stop].reshape(shape))
             start = stop
         return found
+
+    def clear_writes(self, packed: NDArray[np.int32]) -> None:
+        """Change `packed` so that the step writes no keys, values or snapshots, only states."""
+        _, _, _, _, runs, _, _, *of_groups = self.cut(packed)
+        runs[:, 3:5] = -1
+        for slots in of_groups[::3]:
+            slots[:] = -1
 
 
 @dataclass(frozen=True, slots=True)

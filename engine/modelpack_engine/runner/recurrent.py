@@ -271,7 +271,7 @@ class StateRows:
         if by_segments:  # `segments` says where the states go
             self.plan = _Plan(decode, chunks, [])
             return
-        self._stays = False
+        self._leave()
         as_is = batch.num_decode == self.total and decode == list(range(len(decode)))
         decode += [0] * (batch.num_decode - len(decode))
         present = {*batch.decode_seq_ids, *(chunk.seq_id for chunk in batch.chunks)}
@@ -434,6 +434,11 @@ class StateRows:
     def clear(self) -> None:
         """Forget all sequences."""
         self.rows, self.total, self.plan, self._proposed = {}, 0, None, {}
+        self._leave()
+
+    def _leave(self) -> None:
+        """Count that other arrays replace those that `segments` made, if there are such."""
+        self.generation += self._stays
         self._stays = False
 
     def _source(self, chunk: Chunk) -> _Source:

@@ -8,6 +8,12 @@ pictures also have embeddings, which are copied to where the graph reads them.
 Graphs run on a stream of their own, and MLX does not know what they write. So a step by MLX and one
 by a graph are never in flight at the same time: `Engine` reads the tokens of the one before it
 launches the other.
+
+Recording a shape takes as long as many steps, so if the engine has idle time, a shape that should
+be recorded waits for it. An example of its numbers is kept, with no slots to write keys, values and
+snapshots to. Its states go to rows that no sequence has, as none runs then. A shape that comes very
+often does not wait: the engine may never be idle. Nor does one with a draft or embeddings, whose
+memory changes when its sequences end.
 """
 
 from __future__ import annotations
@@ -69,6 +75,9 @@ _PLACES = 4
 #: A shape is recorded when it comes for this time, without and with prompts, which have many more
 #: shapes: recording takes longer than a few steps.
 _FREQUENT, _FREQUENT_PROMPTS = 3, 4
+#: A shape that comes for this time does not wait for idle time any longer: MLX has then taken the
+#: host about as much longer than a graph as recording takes.
+_OVERDUE = 32
 #: If the first shapes are refused, so many of few rows, no other one is tried: with more rows, MLX
 #: computes more. Nor is one with prompts, once so many of them in a row are refused.
 _MOST_REFUSED, _FEW_ROWS = 3, 32
@@ -236,6 +245,14 @@ class _Shape:
         return self.layout.rows if self.layout.sampled is None else self.layout.sampled
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Example:
+    """The numbers of a step that is recorded later, and the matrices of its adapters."""
+
+    numbers: NDArray[np.int32]
+    of_adapters: list[mx.array]
+
+
 @dataclass(slots=True, eq=False)
 class ReplayedTokens:
     """The tokens of a step that runs as a graph; like `Sampled`, which MLX computes."""
@@ -357,6 +374,8 @@ class Replays:
         self._memories: list[_Memory] = []  # steps in flight may have an earlier one than the last
         self._graphs: dict[_Shape, _Graph | None] = {}
         self._seen: Counter[_Shape] = Counter()
+        self._noted: dict[_Shape, _Example] = {}  # shapes that wait for idle time
+        self._has_idle_time = False
         self._codes: dict[str, Compiled] = {}  # by the source
         self._next = 0
         self._generation = 0  # of the last draft
@@ -448,14 +467,14 @@ class Replays:
         graph = self._graphs.get(shape)
         if graph is None:
             self._seen[shape] += 1
-            frequent = _FREQUENT_PROMPTS if batch.chunks else _FREQUENT
-            if (
-                shape in self._graphs or self._seen[shape] != frequent
-                or len(self._graphs) >= _MOST_GRAPHS
-                or (batch.chunks and self._refused_prompts >= _MOST_REFUSED)
-                or (shape.layout.adapted and self._adapters.num_refused >= _MOST_REFUSED)
-                or not self._has_room(shape.num_rows)
-            ):  # fmt: skip
+            is_due = self._seen[shape] == (_FREQUENT_PROMPTS if batch.chunks else _FREQUENT)
+            if self._has_idle_time and draft is None and embed is None:
+                if is_due and self._may_record(shape):
+                    self._noted[shape] = _example(batch, packed, settings)
+                is_due = self._seen[shape] == _OVERDUE
+                if is_due:
+                    self._noted.pop(shape, None)
+            if not (is_due and self._may_record(shape)):
                 self.end_run()
                 return None
         if not self._pays() and graph is not None:
@@ -495,6 +514,46 @@ class Replays:
             return ahead
         self.num_missed += 1  # `found` runs behind it
         return found
+
+    def _may_record(self, shape: _Shape) -> bool:
+        """Return whether a shape that came often enough can be recorded now."""
+        return not (
+            shape in self._graphs
+            or len(self._graphs) + len(self._noted) >= _MOST_GRAPHS
+            or (shape.layout.tiles and self._refused_prompts >= _MOST_REFUSED)
+            or (shape.layout.adapted and self._adapters.num_refused >= _MOST_REFUSED)
+        ) and self._has_room(shape.num_rows)
+
+    def use_idle_time(self) -> bool:
+        """Record one of the shapes that wait for idle time; return whether others still wait.
+
+        No sequence may be unfinished, and no step in flight. Shapes wait from the first call on.
+        """
+        self._has_idle_time = True
+        self.drop_adapted()
+        if self._runner.adapted.rows.generation != self._states:
+            self.forget()  # the examples have rows of the arrays of states before
+        if self.gave_up or not self._noted:
+            return False
+        shape = max(self._noted, key=lambda shape: self._seen[shape])
+        example = self._noted.pop(shape)
+        if self._may_record(shape):
+            try:
+                self._record_example(shape, example)
+            except Exception as error:  # noqa: BLE001 - as in `_record`
+                self._give_up(error)
+        return bool(self._noted) and not self.gave_up
+
+    def _record_example(self, shape: _Shape, example: _Example) -> None:
+        self.drop_ahead()
+        mx.synchronize()
+        self.follow_mlx = False
+        count = len(example.numbers)
+        self._memory_of(count)
+        place = self._next_place()
+        place.numbers[:count] = example.numbers
+        place.numbers[count - _NUM_HALVES : count] = place.addresses.ravel()
+        self._graphs[shape] = self._record(shape, place, count, None, None, example.of_adapters)
 
     def expected(
         self,
@@ -595,7 +654,11 @@ class Replays:
         self.gave_up = True
 
     def forget(self) -> None:
-        """Wait for all steps, and drop all graphs: the pools may move."""
+        """Wait for all steps, and drop all graphs and examples: the pools or states may move."""
+        self._noted.clear()
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
         self.num_missed += self._ahead is not None
         self._ahead = None
         graphs = [graph for graph in self._graphs.values() if graph is not None]
@@ -608,8 +671,9 @@ class Replays:
         matrices = self._runner.adapter_rows.matrices
         if not self._adapters.change(0 if matrices is None else matrices.version):
             return
-        for shape in [shape for shape in self._seen if shape.layout.adapted]:
-            del self._seen[shape]
+        for shape in [shape for shape in (*self._seen, *self._noted) if shape.layout.adapted]:
+            self._seen.pop(shape, None)
+            self._noted.pop(shape, None)
         stale = [shape for shape in self._graphs if shape.layout.adapted]
         self._free([graph for shape in stale if (graph := self._graphs.pop(shape)) is not None])
 
@@ -677,7 +741,7 @@ class Replays:
     def _memory_of(self, count: int) -> _Memory:
         """Return the memory, which has room for `count` numbers."""
         if not self._memories or self._memories[-1].size < count:
-            self.forget()
+            self._drop_graphs()  # examples have no addresses
             size = max(_FEWEST_NUMBERS, 1 << (count - 1).bit_length())
             self._memories.append(_Memory(self.driver, size))
         return self._memories[-1]
@@ -901,6 +965,17 @@ class Replays:
         for size, address in zip(sizes, reads, strict=True):
             self.driver.copy_within(to, address, size, stream)
             to += size
+
+
+def _example(batch: StepBatch, packed: PackedStep, settings: NDArray[np.int32]) -> _Example:
+    """Return an example of a step, with any tokens and no addresses, as `Replays._write` has it."""
+    columns, rows = np.concatenate(packed.columns), packed.layout.rows
+    packed.layout.clear_writes(columns)
+    length = len(columns) + settings.size
+    ids = np.resize(np.array(batch.token_ids, np.int32), rows)
+    index = np.arange(rows, dtype=np.int32) + (_MOST_TOKENS + length)
+    parts = [columns, settings.ravel(), ids, index, np.zeros(_NUM_HALVES, np.int32)]
+    return _Example(np.concatenate(parts), packed.of_adapters)
 
 
 def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, int, int]:
