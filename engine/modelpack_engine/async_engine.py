@@ -514,7 +514,7 @@ class EngineLoop:
 
     def run(self) -> None:
         """Return when None is in the queue; then call `end`."""
-        self._has_idle_work = self._engine.use_idle_time()  # from now on, work waits for it
+        self._use_idle_time()  # from now on, work waits for it
         while self._take_calls():
             self._has_idle_work = True
             try:
@@ -539,7 +539,7 @@ class EngineLoop:
             except queue.Empty:
                 if has_work:
                     return True
-                self._has_idle_work = self._engine.use_idle_time()
+                self._use_idle_time()
                 continue
             if call is None:
                 return False
@@ -549,6 +549,13 @@ class EngineLoop:
                 self._apply(call)
             else:
                 call.accepted(self._refusal(call))
+
+    def _use_idle_time(self) -> None:
+        try:
+            self._has_idle_work = self._engine.use_idle_time()
+        except BaseException:  # noqa: BLE001 - requests do not need this work
+            _log.exception("work in idle time failed")
+            self._has_idle_work = False
 
     def _refusal(self, call: Add) -> Exception | None:
         """Add a request; return the error if the engine refuses it."""

@@ -297,3 +297,21 @@ def test_calls_come_between_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     EngineLoop(engine, engine.calls, lambda events: None).run()
     assert engine.done == ["piece", "1", "piece", "2", "piece", "3", "piece"]
+
+
+def test_an_error_in_idle_time_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No request runs that could fail, and later ones do not need the work."""
+    monkeypatch.setattr(async_engine, "_QUIET_SECONDS", 0)
+
+    def pieces() -> Iterator[tuple[bool, EngineCall | None]]:
+        yield True, Abort("1")
+        engine.calls.put(Abort("2"))
+        engine.calls.put(None)
+        raise MemoryError("no room")
+
+    engine: Any = Idle(pieces())
+    EngineLoop(engine, engine.calls, lambda events: None).run()
+    assert engine.done == ["piece", "1", "2"]
+    assert "no room" in caplog.text
