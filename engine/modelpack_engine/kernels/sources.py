@@ -3,9 +3,9 @@
 A body uses only `PA_*` macros, which the preamble defines, and the common subset of Metal, CUDA and
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
-host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `block_tiles`,
-`experts`, `experts_wide`, `adapters_wide`, `delta_tiles`, `delta_wide`, `state_space_wide`,
-`usable`, `deliver` and `address` are for CUDA only.
+host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `packed_strips`,
+`block_tiles`, `experts`, `experts_wide`, `adapters_wide`, `delta_tiles`, `delta_wide`,
+`state_space_wide`, `usable`, `deliver` and `address` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Backend = Literal["metal", "cuda", "none"]
 Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
-    "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide",
+    "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide", "packed_strips",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
     "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address", "beside",
@@ -52,6 +52,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "product": ("x", "weight", "scales", "biases", "bias"),
     "packed": ("x", "weight", "scales", "biases", "bias"),
     "packed_row": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
+    "packed_strips": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
     "state_space": ("x", "dt", "a", "b", "c", "d", "biases", "state", "pool", "segments", "owners"),
     "state_space_wide": (
         "x", "dt", "a", "b", "c", "d", "biases", "state", "pool", "segments", "owners",
@@ -118,6 +119,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "route": ("chosen", "scores"),
     "dots": ("out", "total"),
     "packed_row": ("out", "total"),
+    "packed_strips": ("out", "total"),
     "dispatch": ("source", "place", "sorted", "spans"),
     "greedy": ("token", "next"),
     "draw": ("token", "next"),
@@ -197,12 +199,14 @@ def kernel_source(
     """
     headers = ["common"]
     if body in (
-        "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "grouped",
-        "block_tiles", "adapters_wide", "delta_tiles", "delta_wide", "state_space_wide",
+        "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "packed_strips",
+        "grouped", "block_tiles", "adapters_wide", "delta_tiles", "delta_wide", "state_space_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
-    if body == "packed_row":
+    if body in ("packed_row", "packed_strips"):
         headers.append("codes")
+    if body == "packed_strips":
+        headers.append("barriers")
     if body in ("packed", "experts_wide", "block_tiles"):
         headers += ["codes", "warpgroups"]
     if body.startswith("block_"):

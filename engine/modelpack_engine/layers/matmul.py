@@ -38,6 +38,8 @@ def multiply(x: mx.array, weights: Weights) -> mx.array:
     """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type."""
     if weights.blocks is not None:
         return blocks.multiply(x, weights.weight, weights.blocks, weights.bias)
+    if strips := packed.strips_for(x, weights):
+        return packed.multiply_strips(x, weights, strips)
     if packed.fits_row(x, weights):
         return packed.multiply_row(x, weights)
     if _takes_one(x, weights):
@@ -75,6 +77,8 @@ class Parts:
 
 def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
     """Return the partial sums of rows x [rows, ...] times the weights: parts [rows, out]."""
+    if strips := packed.strips_for(x, weights, parted=True):
+        return Parts(packed.multiply_strips(x, weights, strips), strips.parts)
     if packed.fits_row(x, weights):
         parts = packed.num_parts_of_row(weights.num_outputs, weights.num_inputs)
         return Parts(packed.multiply_row(x, weights, parts), parts)
@@ -96,6 +100,8 @@ def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
 def swiglu(x: mx.array, weights: Weights) -> mx.array:
     """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
     width = weights.num_outputs // 2
+    if weights.num_outputs % 2 == 0 and (strips := packed.strips_for(x, weights)):
+        return packed.multiply_strips(x, weights, strips, swiglu=True)
     if weights.num_outputs % 2 == 0 and packed.fits_row(x, weights):
         return packed.multiply_row(x, weights, swiglu=True)
     if weights.num_outputs % 2 == 0 and _takes_one(x, weights, swiglu=True):
@@ -144,6 +150,8 @@ def multiply_normed(
 
     With `swiglu`, the first half of the outputs are gates. None if no kernel does all of it.
     """
+    if strips := packed.strips_for(row.a, weights):
+        return packed.multiply_strips_normed(row, weights, strips, swiglu=swiglu)
     if packed.fits_row(row.a, weights):
         return packed.multiply_normed(row, weights, swiglu=swiglu)
     bits = weights.bits or 16

@@ -65,12 +65,12 @@ def test_the_verdict_names_a_wrong_kernel(
 
 @pytest.mark.parametrize(
     ("bits", "rows", "bodies"),
-    [(16, 1, ["dots"] * 3), (8, 1, ["dots"] * 3), (4, 1, ["packed_row"] * 3)],
+    [(16, 1, ["dots"] * 3), (8, 1, ["dots"] * 3), (4, 1, ["packed_strips"] * 3)],
 )
 def test_one_row_is_multiplied(
     host: Host, monkeypatch: pytest.MonkeyPatch, bits: int, rows: int, bodies: list[str]
 ) -> None:
-    monkeypatch.setattr(packed, "row_verdict", lambda *_: None)
+    monkeypatch.setattr(packed, "strips_verdict", lambda *_: None)
     keys = mx.random.split(mx.random.key(2), 3)
     weights, full, bias = random_weights(BF16, bits, (48, 512), 1 / 16, keys[0], keys[1], 64)
     x = mx.random.normal((rows, 512), key=keys[2]).astype(BF16)

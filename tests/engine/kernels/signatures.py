@@ -80,6 +80,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "more": "B",
         "norm": "V", "out": "O", "total": "T",
     },
+    "packed_strips": {
+        "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "more": "B",
+        "norm": "V", "out": "O", "total": "T",
+    },
     "experts_wide": {
         "x": "T", "weight": "T", "bias": "T", "weight_up": "T", "bias_up": "T", "source": "int",
         "spans": "int", "out": "T",

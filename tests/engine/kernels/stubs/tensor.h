@@ -58,7 +58,7 @@ unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned
   return pa_pack<E>(y[0], y[1]);
 }
 // A warp's registers, which its lanes show each other.
-unsigned pa_shown[8][32][6];
+unsigned pa_shown[32][32][6];
 template <typename Element>  // of the matrix b, at k and n
 void pa_multiply(float (&d)[4], const unsigned (*lanes)[6], float (*a)(unsigned, int), Element b) {
   const int r = (pa_emu->thread & 31) / 4, c = pa_emu->thread % 4;
@@ -80,6 +80,60 @@ void pa_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   });
   pa_emu->simd->barrier.wait();
 }
+// A barrier counts the arrivals and bytes that are to come, and turns when there are none.
+struct PaBarrier {
+  short arrivals, missing;
+  int bytes : 31;
+  unsigned turn : 1;
+};
+static_assert(sizeof(PaBarrier) == 8);
+#ifdef PA_THREADS
+#include <sched.h>
+pthread_mutex_t pa_barriers = PTHREAD_MUTEX_INITIALIZER;
+inline void pa_lock() { pthread_mutex_lock(&pa_barriers); }
+inline void pa_unlock() { pthread_mutex_unlock(&pa_barriers); }
+inline void pa_let_others_run() { sched_yield(); }
+#else
+inline void pa_lock() {}
+inline void pa_unlock() {}
+inline void pa_let_others_run() { let_others_run(); }
+#endif
+inline void pa_barrier_count(PaBarrier* barrier, int arrivals, int bytes) {
+  pa_lock();
+  barrier->missing -= arrivals;
+  barrier->bytes += bytes;
+  if (barrier->missing < 0) std::abort();
+  if (barrier->missing == 0 && barrier->bytes == 0) barrier->turn ^= 1, barrier->missing = barrier->arrivals;
+  pa_unlock();
+}
+inline void pa_barrier_make(PaBarrier* barrier, int arrivals) {
+  if (size_t(barrier) % 8) std::abort();
+  barrier->arrivals = barrier->missing = arrivals, barrier->bytes = 0, barrier->turn = 0;
+}
+inline void pa_barriers_made() {}
+inline void pa_barrier_expect(PaBarrier* barrier, int bytes) { pa_barrier_count(barrier, 1, bytes); }
+inline void pa_barrier_arrive(PaBarrier* barrier) { pa_barrier_count(barrier, 1, 0); }
+inline void pa_barrier_wait(PaBarrier* barrier, int parity) {
+  for (bool done = false; !done;) {
+    pa_lock();
+    done = int(barrier->turn) != parity;
+    pa_unlock();
+    if (!done) pa_let_others_run();
+  }
+}
+inline void pa_bulk_copy(void* to, const void* from, int bytes, PaBarrier* barrier) {
+  if (size_t(from) % 16 || size_t(to) % 16 || bytes % 16 || bytes <= 0) std::abort();
+  std::memcpy(to, from, bytes);
+  pa_barrier_count(barrier, 0, -bytes);
+}
+template <int THREADS>
+void pa_sync_first() {
+  static Barrier barrier(THREADS);
+  barrier.wait();
+}
+inline void pa_sync_warp() { pa_emu->simd->barrier.wait(); }
+inline unsigned pa_unknown(unsigned number) { return number; }
+inline unsigned pa_masked(unsigned word, unsigned mask, unsigned others) { return (word & mask) | others; }
 // Four matrices of 8x8 elements, of which each lane shows a line; transposed, a lane gets pairs of a column.
 const uint16_t* pa_lines[8][32];
 inline void pa_load_matrices(unsigned (&b)[4], const void* from, bool transposed) {
