@@ -2,6 +2,8 @@
   //   a [rows, ..., D] T   b [PARTS, rows, D] B   weight [D] W   EPSILON: a float's bits
   //   total [rows, D] T = a + sum of b   out [rows, D] T = total / rms(total) * weight
   // After `shrink`, the rows' adapters add to the sum of b:   up [slots, RANKS, D] A
+  PA_LET_NEXT_START();
+  PA_WAIT_FOR_BEFORE();
   constexpr int THREADS = NSG * 32, VECTORS = D / VEC, EACH = (VECTORS + THREADS - 1) / THREADS;
   typedef PaVec<T, VEC> Vec;
   typedef PaVec<W, VEC> Weights;

@@ -16,3 +16,12 @@
 #define PA_RSQRT(x) rsqrtf(x)
 #define PA_COS(x) cosf(x)
 #define PA_SIN(x) sinf(x)
+// A kernel that is launched early (PTX ISA: griddepcontrol) starts once all blocks of the one before have let
+// it, and waits for that kernel's end before it reads what kernels wrote.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define PA_LET_NEXT_START() asm volatile("griddepcontrol.launch_dependents;")
+#define PA_WAIT_FOR_BEFORE() asm volatile("griddepcontrol.wait;" ::: "memory")
+#else
+#define PA_LET_NEXT_START()
+#define PA_WAIT_FOR_BEFORE()
+#endif

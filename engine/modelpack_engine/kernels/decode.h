@@ -10,6 +10,8 @@
   //   params [3] float: factors of q, of q_more, and of a score after tanh
   //   out [B, HK*G, DV] O, or with SPLIT: out [B, HK*G, parts, DV] O, not yet divided, and
   //   stats [B, HK*G, parts, 2] float: maximum and sum
+  PA_LET_NEXT_START();
+  PA_WAIT_FOR_BEFORE();
   constexpr int D = DK + DX, TPW = 32 / LPT, CHUNK = TPW * STEPS, TURN = NSG * CHUNK, THREADS = NSG * 32;
   constexpr int KN = (D / VEC + LPT - 1) / LPT, VN = (DV / VEC + LPT - 1) / LPT;
   constexpr int GROUPS = (G + HEADS - 1) / HEADS;

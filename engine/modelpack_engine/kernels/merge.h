@@ -2,6 +2,8 @@
   // read the parts in turn, and their lanes the elements.
   //   partial [B, HQ, parts, DV] float   stats [B, HQ, parts, 2] float   sinks [HQ] S
   //   out [B, HQ, DV] T
+  PA_LET_NEXT_START();
+  PA_WAIT_FOR_BEFORE();
   constexpr int DN = (DV + 31) / 32;
   constexpr float LOWEST = -1e30f, LOG2E = 1.4426950408889634f;
   const int head = PA_X, row = PA_Y, lane = PA_LANE, group = PA_SIMD, parts = stats_shape[2];

@@ -16,3 +16,5 @@
 #define PA_RSQRT(x) metal::precise::rsqrt(x)
 #define PA_COS(x) metal::precise::cos(x)
 #define PA_SIN(x) metal::precise::sin(x)
+#define PA_LET_NEXT_START()
+#define PA_WAIT_FOR_BEFORE()

@@ -7,7 +7,7 @@
   //   add_norm.h), where EPSILON is a float's bits, and there is one part
   // A block computes strips of 16 outputs (SWIGLU: 8 gates and their up rows), one of every STRIDE. The last
   // COPYING warps have the weights copied to STAGES places of shared memory, as far ahead as there is room,
-  // also while the rows are normed. A stage has up to WARPS units of 256 inputs of a strip, each of which one
+  // also while the rows are normed and, if the kernel is launched early, while the one before still runs. A stage has up to WARPS units of 256 inputs of a strip, each of which one
   // of the other warps multiplies.
   constexpr int UNIT = 256, COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
   constexpr int GROUPS = UNIT / GROUP;                      // groups of a unit
@@ -40,6 +40,7 @@
     pa_barriers_made();
   }
   PA_SYNC();
+  PA_LET_NEXT_START();
 
   if (warp >= WARPS) {
     const int i = (warp - WARPS) * LINES + lane % LINES;
@@ -63,6 +64,7 @@
     return;
   }
 
+  PA_WAIT_FOR_BEFORE();  // only weights are read before, and nothing is written
   // Eight values of a row, in pairs (0 4) (1 5) (2 6) (3 7), as codes lie in a word.
   auto place = [&](int group, int word, int row, int by) {
     return (uint4*)given + ((group * WORDS + word) * ROWS + row) * 4 + by;

@@ -7,6 +7,8 @@
   //   q_weight, k_weight [D] W: of the norms   EPSILON, FACTOR (of rotated elements): floats' bits
   //   k_pool, v_pool [pool slots, HK, D] P   previous [1] int: order only
   //   q [rows, HQ, D] T   token [1] int, always 0: orders later readers of the pools
+  PA_LET_NEXT_START();
+  PA_WAIT_FOR_BEFORE();
   constexpr int HEADS = HQ + 2 * HK, HALF = DIMS / 2;
   // Runs of VEC pairs: the rotated ones, then the others, whose pairing does not matter.
   constexpr int TURNED = HALF / VEC, RUNS = TURNED + (D - DIMS) / (2 * VEC);

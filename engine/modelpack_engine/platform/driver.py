@@ -19,6 +19,7 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED: MLX may allocate and free meanwhile
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _POINTER, _SIZE, _UNSIGNED = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
 _TYPES: dict[str, tuple[Any, ...]] = {
@@ -44,7 +45,26 @@ _TYPES: dict[str, tuple[Any, ...]] = {
     "cuModuleGetFunction": (_POINTER, _POINTER, ctypes.c_char_p),
     "cuFuncSetAttribute": (_POINTER, ctypes.c_int, ctypes.c_int),
     "cuLaunchKernel": (_POINTER, *(_UNSIGNED,) * 7, _POINTER, _POINTER, _POINTER),
+    "cuLaunchKernelEx": (_POINTER, _POINTER, _POINTER, _POINTER),
 }
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: its value is a union of 64 bytes, here an int."""
+
+    _fields_ = (
+        ("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )  # fmt: skip
+
+
+class _Launch(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", _UNSIGNED * 3), ("threads", _UNSIGNED * 3), ("shared_bytes", _UNSIGNED),
+        ("stream", _POINTER), ("attributes", ctypes.POINTER(_Attribute)), ("count", _UNSIGNED),
+    )  # fmt: skip
 
 
 class DriverError(EngineError):
@@ -53,13 +73,17 @@ class DriverError(EngineError):
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """A kernel with its arguments, each as its bytes; `grid` counts threadgroups."""
+    """A kernel with its arguments, each as its bytes; `grid` counts threadgroups.
+
+    A kernel that is launched `early` may start before the one before has ended, and waits for it.
+    """
 
     function: int
     grid: tuple[int, int, int]
     threads: tuple[int, int, int]
     shared_bytes: int
     arguments: tuple[bytes, ...]
+    early: bool = False
 
 
 class Functions:
@@ -199,6 +223,13 @@ class Driver:
     def _launch(self, call: KernelCall, stream: int) -> None:
         values = [ctypes.create_string_buffer(value, len(value)) for value in call.arguments]
         pointers = (_POINTER * len(values))(*map(ctypes.addressof, values))
+        if call.early:
+            attribute = _Attribute(_EARLY, b"", 1)
+            launch = _Launch(
+                call.grid, call.threads, call.shared_bytes, stream, ctypes.pointer(attribute), 1
+            )
+            self._call("cuLaunchKernelEx", ctypes.byref(launch), call.function, pointers, None)
+            return
         self._call(
             "cuLaunchKernel", call.function, *call.grid, *call.threads, call.shared_bytes,
             stream, pointers, None,

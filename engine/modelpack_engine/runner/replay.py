@@ -22,7 +22,7 @@ import ctypes
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -96,6 +96,9 @@ _FEWEST_STEPS, _STEPS_AT_FIRST, _NEWEST = 3, 16, 1 / 4
 _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloat16"}
 #: The arrays that one kernel takes the addresses of.
 _AT_ONCE = 8
+#: Kernels that may start while the one before runs: they wait for its end themselves. The first one
+#: has weights copied until then.
+EARLY: frozenset[str] = frozenset({"packed_strips", "rotate", "decode", "merge", "add_norm"})
 #: The last numbers of a step: the addresses of its tokens and of its draft.
 _NUM_HALVES = 8
 
@@ -117,6 +120,22 @@ def addresses(arrays: Sequence[mx.array], *, starts: bool = False) -> list[int]:
     halves = np.array(mx.concatenate(found) if found else mx.zeros((0,), mx.int32))
     known = dict(zip(unique, halves.view(np.uint64).tolist(), strict=False))
     return [known[id(array)] if array.size else 0 for array in arrays]
+
+
+def launched_early(
+    bodies: Sequence[str], calls: Sequence[KernelCall | Callable[[int], None]]
+) -> list[KernelCall | Callable[[int], None]]:
+    """Return calls of kernels, those launched early that can be: right after another kernel."""
+    found = list(calls)
+    for index in range(1, len(found)):
+        call, before = found[index], found[index - 1]
+        if (
+            bodies[index] in EARLY
+            and isinstance(call, KernelCall)
+            and isinstance(before, KernelCall)
+        ):
+            found[index] = replace(call, early=True)
+    return found
 
 
 class DraftBehind(Protocol):
@@ -901,7 +920,8 @@ class Replays:
                 known = start + offsets[output.note][output.number]
             return known + output.offset
 
-        calls, kept = [], {id(array): array for array in (memory.array, self._arena)}
+        calls: list[KernelCall | Callable[[int], None]] = []
+        kept = {id(array): array for array in (memory.array, self._arena)}
         for index, note in enumerate(recording.notes):
             reads = []
             for read, array in zip(recording.reads[index], note.inputs, strict=True):
@@ -910,6 +930,7 @@ class Replays:
                     kept[id(array)] = array
             writes = [address_of(Output(index, number)) for number in range(len(note.outputs))]
             calls.append(self._call(note, reads, writes))
+        calls = launched_early([note.body for note in recording.notes], calls)
         handle = self.driver.make_graph(calls, self._stream)
         return _Graph(handle, list(kept.values()), embedded)
 

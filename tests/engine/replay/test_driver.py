@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from modelpack_engine.kernels.sources import Body, body_text
 from modelpack_engine.platform.driver import (
     Driver,
     DriverError,
@@ -16,6 +19,7 @@ from modelpack_engine.platform.driver import (
     pointer_bytes,
     shape_bytes,
 )
+from modelpack_engine.runner.replay import EARLY, launched_early
 
 #: Functions whose first argument is where a handle goes.
 MAKERS = {
@@ -42,6 +46,11 @@ class Library:
             if name in MAKERS or name == "cuStreamEndCapture":
                 place = given.pop(1 if name == "cuStreamEndCapture" else 0)
                 place._obj.value = next(self._handles)
+            if name == "cuLaunchKernelEx":
+                given[0] = ctypes.string_at(ctypes.addressof(given[0]._obj), 56)
+                (attributes,) = struct.unpack("Q", given[0][40:48])
+                given[0] = (given[0][:40], ctypes.string_at(attributes, 72), given[0][48:52])
+                del given[2]
             if name == "cuLaunchKernel":
                 pointers = given[9]
                 sizes = (8, 40, 8)[: len(pointers)]
@@ -83,6 +92,42 @@ def test_a_graph_is_captured_and_launched() -> None:
     first, shape, last = library.arguments
     assert [int.from_bytes(each, "little") for each in (first, last)] == [9, 10]
     assert list(memoryview(shape).cast("i")) == [7, 8, *[0] * 8]
+
+
+def test_a_kernel_is_launched_early() -> None:
+    library = Library()
+    found = Driver(library)  # type: ignore[arg-type]
+    found.make_graph([replace(CALL, early=True)], 77)
+    name, (sizes, attribute, count), function, more = library.calls[1]
+    assert (name, function, more) == ("cuLaunchKernelEx", 5, None)
+    # As in cuda.h: seven numbers of CUlaunchConfig and a gap, and its stream; then its attributes,
+    # of which one says that the launch is early (6), with a number; and how many there are.
+    assert struct.unpack("7IxxxxQ", sizes) == (2, 3, 4, 64, 1, 1, 512, 77)
+    assert struct.unpack("ixxxxi60x", attribute) == (6, 1)
+    assert struct.unpack("I", count) == (1,)
+
+
+def test_kernels_that_wait_are_launched_early_after_kernels() -> None:
+    def matmul(stream: int) -> None:
+        raise AssertionError(stream)
+
+    bodies = ["merge", "packed_strips", "matmul", "add_norm", "rotate", "prefill", "decode"]
+    calls = [matmul if body == "matmul" else CALL for body in bodies]
+    found = launched_early(bodies, calls)
+    assert [isinstance(call, KernelCall) and call.early for call in found] == [
+        False, True, False, False, True, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", sorted(EARLY))
+def test_kernels_that_are_launched_early_wait(body: Body) -> None:
+    statements = [line.partition("//")[0].strip() for line in body_text(body).splitlines()]
+    code = [line for line in statements if line]
+    wait = code.index("PA_WAIT_FOR_BEFORE();")
+    if body == "packed_strips":  # weights are copied before, and nothing is written
+        assert not any(name in " ".join(code[:wait]) for name in ("x)", "more", "norm)", "out["))
+    else:
+        assert wait == code.index("PA_LET_NEXT_START();") + 1 == 1
 
 
 def test_a_capture_that_fails_is_ended() -> None:

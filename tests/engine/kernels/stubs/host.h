@@ -12,6 +12,8 @@
 #define PA_XOR(x, mask) emu.exchange(x, mask)
 #define PA_EXP2(x) std::exp2(x)
 #define PA_UNROLL
+#define PA_LET_NEXT_START()
+#define PA_WAIT_FOR_BEFORE()
 #define PA_LOG(x) std::log(x)
 #define PA_RSQRT(x) (1.0f / std::sqrt(x))
 #define PA_COS(x) std::cos(x)
