@@ -1,0 +1,106 @@
+"""Pools on CPUs are zeros whose memory the system gives when tokens are written."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from modelpack_engine.attention import kv_pools
+from modelpack_engine.attention.kv_pools import (
+    HeadMajorPools,
+    KVLayout,
+    untouched_zeros,
+)
+
+PAGE = mmap.PAGESIZE
+only_linux = pytest.mark.skipif(
+    not Path("/proc/self/pagemap").exists(), reason="needs Linux's proc"
+)
+
+
+def touched(array: mx.array) -> int:
+    """Return how many pages of the array's memory the system has given."""
+    address = np.array(array.view(mx.uint8), copy=False).ctypes.data
+    first, last = -(-address // PAGE), (address + array.nbytes) // PAGE
+    entries = np.fromfile("/proc/self/pagemap", np.uint64, last - first, offset=8 * first)
+    return int(np.count_nonzero(entries >> np.uint64(62)))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint32])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (2, 4096, 3), (3, 0, 5)])
+def test_they_are_zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+    found = untouched_zeros(shape, dtype)
+    assert (found.shape, found.dtype) == (shape, dtype)
+    assert mx.array_equal(found, mx.zeros(shape, dtype))
+
+
+@only_linux
+def test_memory_is_given_for_the_rows_that_are_written() -> None:
+    pools = HeadMajorPools(KVLayout(2, 64, 2, 64, mx.float32), 2048, 16)  # 16 MiB each
+    mx.eval(pools.keys, pools.values)
+    assert touched(pools.keys) == touched(pools.values) == 0
+    rows = mx.ones((16, 2, 64))
+    pools.write(rows, rows, mx.arange(16) + 16000, None)
+    mx.eval(pools.keys, pools.values)
+    assert 0 < touched(pools.keys) <= 8
+    assert pools.keys.sum() == 16 * 2 * 64
+
+
+class Reader:
+    """Reads the array's part of a file into memory of the test."""
+
+    def __init__(self, size: int) -> None:
+        made: Any = kv_pools._ZerosFile((size,), mx.float32)
+        self.file, self.header = made, made.seek(0, 2) - 4 * size
+
+    def into(self, buffer: Any) -> bytes:
+        self.file.seek(self.header)
+        assert self.file.readinto(buffer) == len(buffer)
+        return bytes(buffer)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 24, PAGE - 1])
+def test_what_memory_held_before_is_overwritten(offset: int) -> None:
+    size = 4 * PAGE
+    memory = mmap.mmap(-1, 8 * PAGE)
+    memory.write(b"\xff" * 8 * PAGE)
+    part = memoryview(memory)[offset : offset + size]
+    assert Reader(size // 4).into(part) == bytes(size)
+    assert memory[:offset] == b"\xff" * offset
+    assert memory[offset + size :] == b"\xff" * (8 * PAGE - offset - size)
+
+
+@only_linux
+@pytest.mark.parametrize("page", [0, 2, 5])
+def test_a_page_that_was_touched_is_overwritten(page: int) -> None:
+    """Pages of others at both ends hold a part of the array: the header of an allocation."""
+    memory = mmap.mmap(-1, 8 * PAGE)
+    memory[page * PAGE : (page + 1) * PAGE] = b"\xff" * PAGE
+    assert Reader(5 * PAGE // 4).into(memoryview(memory)[24 : 24 + 5 * PAGE]) == bytes(5 * PAGE)
+
+
+def test_all_is_written_where_nothing_says_which_pages_are_touched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kv_pools, "_PAGEMAP", tmp_path / "none")
+    memory = bytearray(b"\xff" * 8 * PAGE)
+    assert Reader(2 * PAGE).into(memoryview(memory)) == bytes(8 * PAGE)
+    (tmp_path / "none").write_bytes(bytes(8))  # it ends early
+    memory = bytearray(b"\xff" * 8 * PAGE)
+    assert Reader(2 * PAGE).into(memoryview(memory)) == bytes(8 * PAGE)
+
+
+def test_arrays_in_memory_that_mlx_has_used_before() -> None:
+    """The allocator may return memory that other arrays had."""
+    for _ in range(20):
+        used = [mx.full((64, 1024), float("nan")) for _ in range(16)]
+        mx.eval(used)
+        del used
+        found = [untouched_zeros((64, 1024), mx.float32) for _ in range(16)]
+        mx.eval(found)
+        assert not any(bool(mx.any(array != 0)) for array in found)
