@@ -132,7 +132,7 @@ class Host:
         with tempfile.TemporaryDirectory() as scratch:
             program = build([instance], edit=self.edit)
             done = program.run(instance, views, groups, threads, Path(scratch))
-        # Where it wrote to others' memory, the system may have ended it: its outputs stay as they were.
+        # Where it wrote to others' memory, the system may have ended it: outputs stay as they were.
         assert done.returncode <= 0, done.stderr[:2000]
 
     def run_at(self, note: Note, reads: Sequence[int], writes: Sequence[int]) -> None:
