@@ -48,7 +48,7 @@ from modelpack_engine.models.precision import (
 )
 from modelpack_engine.models.safetensors import load_safetensors, read_config
 from modelpack_engine.models.tokenizer import Tokenizer
-from modelpack_engine.patches.corrections import corrected
+from modelpack_engine.patches.corrections import classes_of
 
 _LIMITS: Mapping[Device, BatchLimits] = {
     "cpu": BatchLimits(max_texts=32, max_tokens=4096),
@@ -146,9 +146,7 @@ def _headless(config: dict[str, Any]) -> tuple[type[Module], type]:
 
     Checkpoints of embedding models leave out the head, and the prefix `model.` too.
     """
-    from mlx_lm.utils import _get_classes
-
-    base, arguments = corrected(_get_classes)(config)
+    base, arguments = classes_of(config)
 
     class Headless(base):  # type: ignore[misc, valid-type]
         def __init__(self, args: Any) -> None:

@@ -22,7 +22,7 @@ from mlx.nn.layers.base import Module
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.layers.cross_attention import insert_layers
 from modelpack_engine.models.model_config import completed
-from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, corrected
+from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, classes_of
 from modelpack_engine.vision.models import CLASSES
 
 _PREFIX = "language_model."
@@ -59,10 +59,8 @@ def language_classes(config: Mapping[str, Any]) -> Classes | None:
         name = "deepseek"  # DeepSeek-VL2 Tiny: experts without latent attention
 
     def choose(config: dict[str, Any]) -> tuple[type[Module], type]:
-        from mlx_lm.utils import _get_classes
-
         module, _, inner = name.partition(".")
-        made, arguments = corrected(_get_classes)({**_text(config, part), "model_type": module})
+        made, arguments = classes_of({**_text(config, part), "model_type": module})
         if inner:
             found: Any = importlib.import_module(made.__module__)
             made, arguments = getattr(found, inner), getattr(found, f"{inner}Args")
@@ -73,10 +71,8 @@ def language_classes(config: Mapping[str, Any]) -> Classes | None:
 
 def _choose_text(config: dict[str, Any]) -> tuple[type[Module], type]:
     """Return mlx-lm's class for a multimodal type, and arguments from the config of its text."""
-    from mlx_lm.utils import _get_classes
-
     text_type = str(config["model_type"])
-    made, inner = corrected(_get_classes)({**config, "model_type": TEXT_TYPES[text_type]})
+    made, inner = classes_of({**config, "model_type": TEXT_TYPES[text_type]})
     rules = f"{TEXT_TYPES[text_type]}/{text_type}"
     body = {"__module__": inner.__module__, "text_type": rules, "is_flat": True}
     return made, type("Arguments", (inner,), body)
@@ -84,9 +80,7 @@ def _choose_text(config: dict[str, Any]) -> tuple[type[Module], type]:
 
 def _choose_with_embeddings(config: dict[str, Any]) -> tuple[type[Module], type]:
     """Return mlx-lm's class for the whole model, which gets embeddings as its inputs, too."""
-    from mlx_lm.utils import _get_classes
-
-    inner, arguments = corrected(_get_classes)(config)
+    inner, arguments = classes_of(config)
     native: Any = inner
     body = {
         "__call__": partialmethod(_called, call=native.__call__),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,14 +21,12 @@ from modelpack.formats.shards import INDEX_SUFFIX
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.safetensors import load_safetensors, read_config
-from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
+from modelpack_engine.patches import mlx_lm_imports
 
 #: Weights per scale: mlx-lm's default, which the models of mlx-community have.
 GROUP_SIZE: Final = 64
 #: The approximate limit of one weight file in bytes: mlx-lm's limit of 5 GB.
 SHARD_BYTES: Final = 5 << 30
-# transformers, which mlx-lm imports, reads this variable.
-_NO_ADVICE: Final = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 #: The values of `--quantize`: bits per weight.
 BITS: Final = (4, 8)
 
@@ -72,11 +69,10 @@ def quantize_directory(
         if config.get(key):
             raise UsageError(f"{source}: the model is quantised already: config.json has {key!r}")
     before = sum(path.stat().st_size for path in files.weights)
-    with _quiet():
+    with redirect_stdout(io.StringIO()):  # mlx-lm prints to it
         model, config, _ = load_safetensors(files, config)
-        with kept_file_limit():
-            from mlx_lm.utils import quantize_model, save_config
-        model, config = quantize_model(model, config, GROUP_SIZE, bits)
+        utils = mlx_lm_imports.utils()
+        model, config = utils.quantize_model(model, config, GROUP_SIZE, bits)
     flat: Any = tree_flatten(model.parameters())
     weights: dict[str, Any] = dict(sorted(flat))
     modules = sum(name.endswith(".scales") for name in weights)
@@ -88,24 +84,9 @@ def quantize_directory(
     _copy_others(source, target, follow_symlinks)
     # As mlx-lm's own `save` does.
     keeps_vision = "vision_tower" in getattr(model, "model", {})
-    save_config(config, target / "config.json", keep_vision_config=keeps_vision)
+    utils.save_config(config, target / "config.json", keep_vision_config=keeps_vision)
     after = _save(weights, target, progress)
     return Quantized(bits, modules, before, after)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the advice of transformers to install PyTorch, and what mlx-lm prints to stdout."""
-    advice = os.environ.get(_NO_ADVICE)
-    os.environ[_NO_ADVICE] = "1"
-    try:
-        with redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        if advice is None:
-            del os.environ[_NO_ADVICE]
-        else:
-            os.environ[_NO_ADVICE] = advice
 
 
 def _save(weights: dict[str, Any], target: Path, progress: Callable[[int, int], None]) -> int:

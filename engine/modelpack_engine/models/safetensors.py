@@ -37,9 +37,9 @@ from modelpack_engine.models.files import ModelFiles, decode_object
 from modelpack_engine.models.load_budget import TensorBounds, checkpoint
 from modelpack_engine.models.model_config import completed, normalised, with_tied_embeddings
 from modelpack_engine.models.precision import shapes_of
+from modelpack_engine.patches import mlx_lm_imports
 from modelpack_engine.patches.corrections import Classes, corrected
 from modelpack_engine.patches.lora import Layers, Matrices
-from modelpack_engine.patches.mlx_lm_imports import kept_file_limit
 from modelpack_engine.vision.models import WHOLE_TYPES
 
 _MODEL_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -82,10 +82,9 @@ def load_safetensors(
     that changes the output and that the class does not read, and for tensors that are missing,
     unknown or of the wrong shape; `WeightFormatError` for a damaged file.
     """
-    with kept_file_limit():
-        from mlx_lm.utils import _get_classes, load_model
-
-    bounds, config, limits = _prepared(files, config, classes or _get_classes, ignored_fields)
+    utils = mlx_lm_imports.utils()
+    choose = classes or utils._get_classes
+    bounds, config, limits = _prepared(files, config, choose, ignored_fields)
     with tempfile.TemporaryDirectory(prefix="modelpack-") as directory:
         root = Path(directory)
         (root / "config.json").write_text(json.dumps(config))
@@ -99,11 +98,11 @@ def load_safetensors(
             link.symlink_to(path.absolute())
         try:
             with bounds.building("config.json"):
-                model, made = load_model(
+                model, made = utils.load_model(
                     root,
                     lazy=True,
                     strict=True,
-                    get_model_classes=classes or corrected(_get_classes),
+                    get_model_classes=classes or corrected(choose),
                 )
         except ModelpackError:
             raise

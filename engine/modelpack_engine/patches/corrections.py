@@ -18,6 +18,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx.nn.layers.base import Module
 
+from modelpack_engine.patches import mlx_lm_imports
+
 #: Fields of a multimodal model's config.json with the configuration of its language model.
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
@@ -46,6 +48,14 @@ def corrected(classes: Classes) -> Classes:
         return made if correction is None else _subclass(made, correction, config), arguments
 
     return choose
+
+
+def classes_of(config: dict[str, Any]) -> tuple[type[Module], type]:
+    """Return mlx-lm's class of a model, corrected, and that of its arguments.
+
+    Raises `ValueError` for a type that mlx-lm does not have.
+    """
+    return corrected(mlx_lm_imports.utils()._get_classes)(config)
 
 
 def correct(model: Module, config: Config) -> None:

@@ -1,16 +1,19 @@
 """The import of mlx-lm without transformers and without a lower limit of open files.
 
-The engine needs the classes below `mlx_lm.models` only. `mlx_lm/__init__.py` imports all of mlx-lm,
-and transformers with it: a second of CPU time, as much as loading a small model. So `prepare` puts
-the package into `sys.modules` and runs its `__init__.py` at the first use of a name that it
-defines; after that the package is an ordinary module again. `mlx_lm.utils` sets RLIMIT_NOFILE to
-(2048, 4096) when it is imported: a server would run out of sockets, and a process cannot raise a
-lowered hard limit again. Both can be removed when `import mlx_lm.models.llama` imports no
-transformers and mlx-lm leaves the limit alone.
+The engine needs the classes below `mlx_lm.models`, and the loader in `mlx_lm.utils`.
+`mlx_lm/__init__.py` imports all of mlx-lm, and transformers with it: a second of CPU time, as much
+as loading a small model. So `prepare` puts the package into `sys.modules` and runs its
+`__init__.py` at the first use of a name that it defines; after that the package is an ordinary
+module again. `mlx_lm.utils` imports transformers for tokenizers, which the engine has its own of:
+`utils` lets it import a stand-in for `mlx_lm.tokenizer_utils`, which imports the module when a
+tokenizer is loaded. `mlx_lm.utils` also sets RLIMIT_NOFILE to (2048, 4096) when it is imported: a
+server would run out of sockets, and a process cannot raise a lowered hard limit again. All of this
+can be removed when `import mlx_lm.utils` imports no transformers and leaves the limit alone.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import resource
 import sys
@@ -21,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 _NAME = "mlx_lm"
+_UTILS, _TOKENIZERS = f"{_NAME}.utils", f"{_NAME}.tokenizer_utils"
 _lock = threading.RLock()
 
 
@@ -62,6 +66,7 @@ def _complete(package: ModuleType) -> None:
             with kept_file_limit():
                 spec.loader.exec_module(package)
             package.__class__ = ModuleType
+            _use_tokenizers()
         finally:
             _completing = False
 
@@ -77,6 +82,35 @@ def prepare() -> None:
         package = importlib.util.module_from_spec(spec)
         package.__class__ = _LeanPackage
         sys.modules[_NAME] = package
+
+
+def utils() -> Any:
+    """Return the module `mlx_lm.utils`."""
+    with _lock, kept_file_limit():
+        if _UTILS in sys.modules or _TOKENIZERS in sys.modules:
+            return importlib.import_module(_UTILS)
+        sys.modules[_TOKENIZERS] = stand_in = ModuleType(_TOKENIZERS)
+        stand_in.__dict__.update(TokenizerWrapper=_Tokenizer, load=_load_tokenizer)
+        try:
+            return importlib.import_module(_UTILS)
+        finally:
+            del sys.modules[_TOKENIZERS]
+
+
+class _Tokenizer:
+    """Stands for `TokenizerWrapper` in annotations."""
+
+
+def _load_tokenizer(*args: Any, **kwargs: Any) -> Any:
+    return _use_tokenizers().load(*args, **kwargs)
+
+
+def _use_tokenizers() -> Any:
+    """Put the names of `mlx_lm.tokenizer_utils` into `mlx_lm.utils`; return the module."""
+    with _lock:
+        used, found = importlib.import_module(_UTILS), importlib.import_module(_TOKENIZERS)
+        used.__dict__.update(TokenizerWrapper=found.TokenizerWrapper, _load_tokenizer=found.load)
+        return found
 
 
 @contextmanager

@@ -60,3 +60,41 @@ def test_the_loader_of_safetensors_leaves_the_limits_alone() -> None:
         "print(now, resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     assert run(LIMITS + ENGINE + code) == "(700, 3000) (600, 3000)"
+
+
+UTILS = ENGINE + "from modelpack_engine.patches.mlx_lm_imports import utils\nused = utils()\n"
+
+
+def test_the_loader_of_safetensors_needs_no_transformers() -> None:
+    names = "print('transformers' in sys.modules, 'mlx_lm.tokenizer_utils' in sys.modules)"
+    assert run(UTILS + "assert used.load_model and used is utils()\n" + names) == "False False"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import mlx_lm; mlx_lm.load",
+        "import mlx_lm.generate",
+        "used.load_tokenizer('nowhere')",
+        "from mlx_lm.utils import load_tokenizer; load_tokenizer('nowhere')",
+    ],
+)
+def test_mlx_lms_tokenizers_are_there_for_who_asks(use: str) -> None:
+    """A directory that does not exist is looked for by transformers, which is imported then."""
+    code = (
+        f"try:\n    {use}\nexcept OSError:\n    pass\n"
+        "import transformers, mlx_lm.tokenizer_utils as tokenizers\n"
+        "assert tokenizers.AutoTokenizer is transformers.AutoTokenizer\n"
+        "print(used.TokenizerWrapper is tokenizers.TokenizerWrapper,"
+        " used._load_tokenizer is tokenizers.load)"
+    )
+    assert run(UTILS + code) == "True True"
+
+
+def test_transformers_that_are_imported_are_used() -> None:
+    code = (
+        ENGINE + "import mlx_lm.tokenizer_utils as tokenizers\n"
+        "from modelpack_engine.patches.mlx_lm_imports import utils\n"
+        "print(utils().TokenizerWrapper is tokenizers.TokenizerWrapper)"
+    )
+    assert run(code) == "True"
