@@ -54,7 +54,7 @@ from modelpack_engine.models.safetensors import (
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.patches import recurrent
 from modelpack_engine.patches.corrections import TEXT_PARTS
-from modelpack_engine.patches.mlx_vlm_imports import is_installed
+from modelpack_engine.patches.mlx_vlm_imports import import_processors, is_installed
 from modelpack_engine.platform import cuda_graphs
 from modelpack_engine.vision import models as vision_models
 from modelpack_engine.vision.encoder import Vision, open_vision
@@ -366,6 +366,8 @@ def _load_safetensors(
             classes=language_classes(config) if seeing is None else lambda config: seeing,
             ignored_fields=ignored_fields,
         )
+    if seeing is not None:
+        import_processors()
     notes += limits.notes
     if weights is None and dtype is None and device == "cpu":
         dtype = mx.float32

@@ -5,17 +5,30 @@ mlx-audio: several hundred megabytes that no model class uses. So `prepare` puts
 `sys.modules` and never runs its `__init__.py`; as that would, it tells transformers, which the
 processors use, not to warn that there is no PyTorch. This can be removed when `import
 mlx_vlm.models.llava` imports none of them.
+
+Packages of models import their processors, and transformers with them: half a second of CPU time.
+Where only transformers is to know the processor, its module runs when something in it is used.
+`import_processors` imports transformers' image processors meanwhile.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import LazyLoader
+from types import ModuleType
 
 _NAME = "mlx_vlm"
+_PROCESSOR = re.compile(r"mlx_vlm\.models\.\w+\.processing_\w+")
 _lock = threading.Lock()
+_imports: threading.Thread | None = None
 
 
 def is_installed() -> bool:
@@ -24,7 +37,13 @@ def is_installed() -> bool:
 
 
 def prepare() -> None:
-    """Put the bare package into `sys.modules`, unless mlx-vlm is imported or not installed."""
+    """Put the bare package into `sys.modules`, unless mlx-vlm is imported or not installed.
+
+    Waits for `import_processors`: transformers puts another module in its place in `sys.modules`,
+    and a thread that imports it meanwhile would get the first.
+    """
+    if _imports is not None:
+        _imports.join()
     with _lock:
         if _NAME in sys.modules:
             return
@@ -32,3 +51,35 @@ def prepare() -> None:
         if spec is not None:
             os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
             sys.modules[_NAME] = importlib.util.module_from_spec(spec)
+            sys.meta_path.insert(0, _Processors())
+
+
+def import_processors() -> None:
+    """Import transformers' image processors in a thread, while weights are read.
+
+    Call `prepare` before using them. Who then imports them gets the error if this failed.
+    """
+    global _imports
+
+    def run() -> None:
+        with suppress(Exception):
+            importlib.import_module("transformers.models.auto.image_processing_auto")
+
+    with _lock:
+        if _imports is None:
+            _imports = threading.Thread(target=run, name="modelpack-imports", daemon=True)
+            _imports.start()
+
+
+class _Processors(MetaPathFinder):
+    """Finds the modules of processors, which are to run later."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if _PROCESSOR.fullmatch(fullname) is None:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = LazyLoader(spec.loader)
+        return spec

@@ -536,8 +536,8 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
                     f"preprocessor_config.json: {name} is {value}, the limit is {limit}"
                 )
     _check_tiles(settings)
+    prepare()
     if (own := PROCESSORS.get(config["model_type"])) is not None:
-        prepare()
         try:
             return own(config, settings)
         except (AttributeError, ImportError, LookupError, TypeError, ValueError) as error:

@@ -43,6 +43,30 @@ def test_it_imports_model_and_processor_modules_only() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_transformers_is_imported_beside_the_weights() -> None:
+    """The class of the model needs none of it, and several threads get all of it."""
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from modelpack_engine.patches.mlx_vlm_imports import import_processors, prepare\n"
+        "prepare()\n"
+        "import mlx_vlm.models.idefics3 as package\n"
+        "print('transformers' in sys.modules)\n"
+        "def use(_):\n"
+        "    import_processors(); prepare()\n"
+        "    from transformers import AutoImageProcessor\n"
+        "    return AutoImageProcessor.__name__\n"
+        "print(*ThreadPoolExecutor(4).map(use, range(4)))\n"
+        "from mlx_vlm.models.idefics3.processing_idefics3 import Idefics3Processor\n"
+        "print(Idefics3Processor.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import modelpack_engine, sys\n{code}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    names = " ".join(["AutoImageProcessor"] * 4)
+    assert done.stdout.splitlines() == ["False", names, "Idefics3Processor"], done.stderr
+
+
 def test_models_without_it_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlx_vlm_imports, "is_installed", lambda: False)
     with pytest.raises(ModelLoadError, match="'idefics3' needs the extra 'vision'") as caught:
