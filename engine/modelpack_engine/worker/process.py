@@ -85,7 +85,7 @@ class WorkerProcess:
     """Runs `main` of the module `program` in another process; one call at a time.
 
     `memory` limits its address space in bytes, where the system supports that. With the `purpose`
-    "render", the process imports the renderer when it starts.
+    "render" or "media", the process imports the renderer or Pillow when it starts.
     """
 
     def __init__(self, memory: int, *, program: str = PROGRAM, purpose: str = "render") -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import gc
+import importlib
 import json
 import resource
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +164,9 @@ def main() -> None:
     target.flush()
     if sys.argv[2] == "render":
         _renderer()
+    elif sys.argv[2] == "media":
+        with suppress(ImportError):  # it may only decode sounds
+            importlib.import_module("PIL.Image")
     while (job := frames.read(source)) is not None:
         _allow_seconds(float(job["seconds"]))
         result = _run(job)

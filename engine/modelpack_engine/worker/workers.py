@@ -6,7 +6,7 @@ import atexit
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from modelpack_engine.errors import RETRY_AFTER, QueueFullError, RequestError
@@ -52,6 +52,15 @@ class Workers:
         self._busy: dict[str, WorkerProcess | None] = {}
         self._waiters = 0
         self._changed = threading.Condition()
+
+    def start(self) -> None:
+        """Start a process if there is none, so that it is ready for the first job.
+
+        If that fails, the first job says why.
+        """
+        with self._changed, suppress(OSError):
+            if not (self._idle or self._busy):
+                self._idle.append(WorkerProcess(self._memory, purpose=self._purpose))
 
     def run(self, key: str, job: dict[str, Any], seconds: float) -> Any:
         """Return the result of a job.

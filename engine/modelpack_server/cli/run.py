@@ -150,9 +150,13 @@ def run(
                 runner.run,
             )
         return
+    from modelpack_engine.worker.workers import shared_workers
     from modelpack_server.pool.settings import ModelSettings
     from modelpack_server.repl.chat import Chat, LocalModels, require_chat
 
+    if text:  # while the model is loaded
+        for purpose in ("media", "render") if pictures else ("render",):
+            shared_workers(purpose).start()
     engine = config()
     pull_draft(engine, settings.store(), settings, remote)
 

@@ -67,6 +67,33 @@ def test_results_and_failures(workers: Workers) -> None:
     assert workers._idle == [worker]
 
 
+def test_a_worker_that_is_started_before_its_first_job(workers: Workers) -> None:
+    workers.start()
+    [worker] = workers._idle
+    workers.start()
+    assert render(workers, "{{ x }}", x=1) == "1"
+    assert workers._idle == [worker]
+
+
+@pytest.mark.parametrize("purpose", ["render", "media", "video", "tokenizer"])
+def test_each_kind_of_worker_starts(purpose: str) -> None:
+    workers = Workers(purpose=purpose)
+    try:
+        workers.start()
+        assert workers.run("job", {"kind": "render", "source": "a", "variables": {}}, 30) == "a"
+    finally:
+        workers.close()
+
+
+def test_a_start_that_fails_is_told_by_the_first_job(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    workers.start()
+    with pytest.raises(RequestError, match=r"^cannot start a worker process: No such file"):
+        render(workers, "a")
+
+
 @pytest.mark.long
 def test_a_job_that_takes_too_long_is_ended(workers: Workers) -> None:
     render(workers, "warm")
