@@ -35,6 +35,7 @@ from gpu_engine import (
     Silent,
     make_model,
     peer_workload,
+    rest,
     show,
 )
 from mlx.nn import Linear
@@ -92,6 +93,7 @@ def measure(
             report = run_workload(engine, load, adapters=names).to_json()
             show(kind, {"round": again, **report})
             found[kind].append(report["output_tokens_per_s"])
+            rest(engine)
     return {kind: statistics.median(rates[warm:]) for kind, rates in found.items()}
 
 

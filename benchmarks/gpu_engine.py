@@ -122,6 +122,12 @@ def make_engine(
     return Engine(loaded, config)
 
 
+def rest(engine: Engine) -> None:
+    """Use idle time, as a server does between bursts, until no shape waits to be recorded."""
+    while engine.use_idle_time():
+        pass
+
+
 def prompt(length: int, seed: int) -> list[int]:
     generator = random.Random(seed)
     return [generator.randrange(1000, 30000) for _ in range(length)]

@@ -30,6 +30,7 @@ from typing import Any
 import mlx.core as mx
 from gpu_architectures import AT_ONCE, Silent, cast, ours, requests, theirs
 from gpu_architectures import SHAPES as SMALL
+from gpu_engine import rest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
@@ -121,12 +122,6 @@ def make_engine(model: Any, name: str) -> Engine:
     engine = Engine(loaded, config)
     rest(engine)  # from now on, recording waits for idle time, as in a server
     return engine
-
-
-def rest(engine: Engine) -> None:
-    """Use idle time, as a server does between bursts, until no shape waits to be recorded."""
-    while engine.use_idle_time():
-        pass
 
 
 def one_stream(engine: Engine) -> float:

@@ -11,6 +11,9 @@ at once by its batched generator, without the processing.
 
 With `--beside` instead, half as many requests of text generate tokens, alone, beside one request
 with 20 pictures, and beside requests with a picture each, one a second. All pictures are new.
+
+With `--together` instead, `count` requests at once each have a small picture; in turns, pictures
+that wait are encoded together and one by one. All pictures are new.
 """
 
 from __future__ import annotations
@@ -166,6 +169,25 @@ def measure_beside(path: Path, count: int, tokens: int, size: tuple[int, int]) -
         show("beside a picture a second", about | run_beside(engine, texts(), others, 1))
 
 
+def measure_together(path: Path, count: int) -> None:
+    """Measure requests with small pictures that are encoded together, or one by one."""
+    engine, random = make_engine(path, count), np.random.default_rng(2)
+    assert engine.vision is not None
+    encoder = engine.vision.encoder
+    show("engine", {"notes": engine.notes, "batched": encoder._batched, "count": count})
+    for side in (224, 448):
+        for number in range(ROUNDS):
+            for together in (True, False):
+                encoder._batched = together
+                new = [
+                    Picture(random.integers(0, 256, (side, side, 3), np.uint8))
+                    for _ in range(count)
+                ]
+                asked = [tiny.request(engine, "<image>What is it?", [each], 8) for each in new]
+                about = {"round": number, "side": side, "together": together}
+                show("small pictures", about | run(engine, asked))
+
+
 def run_beside(
     engine: Engine, texts: Sequence[EngineRequest], others: list[EngineRequest], every_s: float
 ) -> dict[str, Any]:
@@ -270,11 +292,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--no-peer", action="store_true", help="without mlx-vlm")
     parser.add_argument("--beside", action="store_true", help="texts beside pictures, no more")
+    parser.add_argument("--together", action="store_true", help="small pictures, no more")
+    parser.add_argument("--layers", type=int, default=28, help="of the language model")
     options = parser.parse_args()
     config, settings = tiny.config_of(KIND), tiny.settings_of(KIND)
     size = (24, 40)
     if options.shape == "7b":
         config, settings, size = config | _7B, settings | _7B_SETTINGS, (924, 868)
+        config["num_hidden_layers"] = options.layers
     tiny.config_of = lambda _: config
     show("versions", {"mlx": mx.__version__, **vars(options)})
     random = np.random.default_rng(0)
@@ -286,6 +311,9 @@ def main() -> None:
         write_model(path, config, settings)
         gc.collect()
         mx.clear_cache()
+        if options.together:
+            measure_together(path, options.count)
+            return
         if options.beside:
             measure_beside(path, options.count // 2, BESIDE_TOKENS, size)
             return
