@@ -430,19 +430,19 @@ class Engine(BaseEngine):
         output = self._scheduled(proposed)
         if self._replays is not None and output is None:
             self._replays.drop_ahead()
-        if self.vision is not None:
-            for sequence, error in self.vision.encoder.take_failures():
-                self._outputs.fail(sequence, str(error), error.param)
         scrub = self._blocks.take_to_scrub()
         self._mover.move(scrub, has_step=output is not None, in_flight=self._in_flight is not None)
         scheduled = None
-        if output is None:
-            self._forget(self._scheduler.take_released())
-        else:
+        if output is not None:
             self._forget(output.released)
             for chunk in output.prefill:
                 self._register(chunk.sequence)
             scheduled = self._build(output)
+        if self.vision is not None:  # the step may compute the text before a bad picture
+            for sequence, error in self.vision.encoder.take_failures():
+                self._outputs.fail(sequence, str(error), error.param)
+        if output is None:
+            self._forget(self._scheduler.take_released())
         self._clock.ended("build")
         return scheduled
 

@@ -541,10 +541,12 @@ def test_media_must_match_the_prompt() -> None:
     assert not engine.has_work
 
 
-def test_a_picture_that_cannot_be_encoded_fails_its_request_alone() -> None:
+@pytest.mark.parametrize("before", ["", "What is it? "])
+def test_a_picture_that_cannot_be_encoded_fails_its_request_alone(before: str) -> None:
+    """The step that would encode it computes the text before it."""
     engine = tiny.tiny_engine("llava")
     engine.add_request("good", request(engine, "<image>What is it?", [ONE]))
-    made = request(engine, "<image>", [TWO])
+    made = request(engine, f"{before}<image>", [TWO])
     broken = dataclasses.replace(
         made.media[0], digest=b"other", inputs={"pixel_values": np.zeros((1, 3, 7), np.float32)},
         param="messages[3].content[1]",
