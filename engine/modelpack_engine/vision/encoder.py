@@ -1,7 +1,7 @@
-"""VisionEncoder: the embeddings of pictures, by the vision tower, in a bounded cache.
+"""VisionEncoder: the embeddings of pictures, sounds and frames of videos, in a bounded cache.
 
-`Vision` is what a loaded model has beside its language model; `open_vision` makes it, and tests it
-with one picture.
+`Vision` is what a loaded model has beside its language model; `open_vision` makes it, and tests
+its towers with noise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Parts
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -35,14 +35,18 @@ from modelpack_engine.vision.videos import Video, VideoProcessor
 MAX_CACHE_BYTES, LEAST_PICTURES = 256 * 1024 * 1024, 8
 #: Bytes of evicted embeddings in host memory: at most an eighth of what is available.
 MAX_HOST_BYTES, _HOST_PART = 1024**3, 8
-#: Bytes of the inputs, in float32, of pictures that one call of the tower encodes together: those
-#: of one megapixel (half of one for Qwen's, whose inputs have each picture twice). So many patches
-#: fill a GPU, and sequences that decode wait for them as for one photo of a model with more tokens
-#: for larger pictures.
+#: Bytes of the inputs, in float32, of files that one call of a tower encodes together: those of one
+#: megapixel (half of one for Qwen's, whose inputs have each picture twice), or of four minutes of
+#: sound with 128 features for 10 ms. So many patches fill a GPU, and sequences that decode wait for
+#: them as for one photo of a model with more tokens for larger pictures.
 MAX_BATCH_BYTES = 3 * 1024**2 * 4
-#: The most that embeddings may change if pictures are encoded together, as a part of what two
-#: pictures differ by: sums in 16 bits change with the shapes of matrices.
+#: Files that a call looks at, to find those of the same shapes: many short videos may wait.
+_MAX_CANDIDATES = 1024
+#: The most that embeddings may change if files are encoded together, as a part of what two files
+#: differ by: sums in 16 bits change with the shapes of matrices.
 _TOLERANCE = 0.1
+#: What a tower encodes, by the name of the input that has its content.
+_KINDS = {"pixel_values": "picture", "input_features": "sound", "pixel_values_videos": "video"}
 
 _log = logging.getLogger(__name__)
 _FAILURES = (
@@ -117,10 +121,10 @@ class VisionEncoder:
     them. While sequences decode in a step, it calls the tower once, so that their tokens wait for
     no more than that.
 
-    With `batched` (see `VisionClass`), one call also encodes pictures that wait, of any owner, if
-    their inputs have the same shapes, up to `MAX_BATCH_BYTES` of pixels. Those that wait get at
-    most about half of the cache. If the call fails, each picture gets a call of its own, so that a
-    bad one fails its request alone.
+    Of the kinds in `batched`, the names of their inputs, one call also encodes files that wait, of
+    any owner, if their inputs have the same shapes, up to `MAX_BATCH_BYTES`. Those that wait get at
+    most about half of the cache. If the call fails, each file gets a call of its own, so that a bad
+    one fails its request alone.
 
     `hidden` are tokens that the language model must not see, and the one that it sees instead.
 
@@ -138,7 +142,7 @@ class VisionEncoder:
         crossing: Crossing | None = None,
         picture_bytes: int = 0,
         host_bytes: int = 0,
-        batched: bool = False,
+        batched: Collection[str] = (),
     ) -> None:
         self._crossing, self._picture_bytes = crossing, picture_bytes
         self._users: dict[Key, weakref.WeakSet[Media]] = {}
@@ -148,7 +152,7 @@ class VisionEncoder:
         self._host = HostCache(host_bytes)
         self._step: dict[Key, mx.array] = {}  # those of the step being built
         self._num_encoded = 0  # calls of the tower in this step
-        self._batched = batched
+        self._batched = frozenset(batched)
         self._ahead: set[Key] = set()  # encoded, and not needed by a step yet
         self._single = weakref.WeakSet[Media]()  # not to be encoded together with others
         self._failures: list[tuple[Sequence, RequestError]] = []
@@ -240,7 +244,7 @@ class VisionEncoder:
     ) -> mx.array:
         """Return the embeddings of a picture, as `VisionModel.embed` does.
 
-        Pictures that wait may be encoded with it. Raises `RequestError` if the model cannot encode
+        Others that wait may be encoded with it. Raises `RequestError` if the model cannot encode
         it.
         """
         key = owner, media.digest
@@ -255,12 +259,13 @@ class VisionEncoder:
             self.hits += 1
             self._keep(key, found)
             return found
+        what = _KINDS[_content(media)]
         batch = self._batch(key, media, waiting)
         if len(batch) > 1:
             try:
                 parts = _embed(self._model, [*batch.values()])
             except _FAILURES as error:
-                _log.warning("%d pictures are encoded one by one: %s", len(batch), error)
+                _log.warning("%d %ss are encoded one by one: %s", len(batch), what, error)
                 self._single.update(batch.values())
             else:
                 self.misses += len(batch)
@@ -272,8 +277,6 @@ class VisionEncoder:
         try:
             (made,) = _embed(self._model, [media])
         except _FAILURES as error:
-            named = {"input_features": "sound", "pixel_values_videos": "video"}
-            what = next((named[name] for name in media.inputs if name in named), "picture")
             _log.warning("a %s cannot be encoded: %s", what, error)
             raise RequestError(
                 f"{media.param}: the model cannot encode this {what}", param=media.param
@@ -286,15 +289,15 @@ class VisionEncoder:
     ) -> dict[Key, Media]:
         """Return a picture, and those that are encoded together with it."""
         batch = {key: media}
-        pixels = media.inputs.get("pixel_values")  # neither a sound nor a video
-        if not self._batched or pixels is None or media in self._single:
+        content = _content(media)
+        if content not in self._batched or media in self._single:
             return batch
-        most = MAX_BATCH_BYTES // max(1, pixels.nbytes)
+        most = MAX_BATCH_BYTES // max(1, media.inputs[content].nbytes)
         self._ahead &= self._kept.keys()
         if sum(self._kept[each].nbytes for each in self._ahead) >= self._max_bytes // 2:
             return batch
         shapes = _shapes(media)
-        for owner, other in waiting if most > 1 else ():
+        for owner, other in islice(waiting, _MAX_CANDIDATES) if most > 1 else ():
             each = owner, other.digest
             if each in self._kept or each in self._host or other in self._single:
                 continue
@@ -368,12 +371,25 @@ class VisionEncoder:
                 yield start, stop, seen
 
 
+def _content(media: Media) -> str:
+    """Return the name of the input with the content of a picture, a sound or frames."""
+    return next((name for name in _KINDS if name in media.inputs), "pixel_values")
+
+
 def _shapes(media: Media) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in media.inputs.items()}
+    """Return the shapes of a file's inputs, which are those of all files of a call.
+
+    Inputs of other kinds have other names. Frames of a call have as many tokens, too: the last one
+    of LLaVA-OneVision's has one more.
+    """
+    shapes = {name: array.shape for name, array in media.inputs.items()}
+    if "pixel_values_videos" in shapes:
+        shapes["token_ids"] = (len(media.token_ids),)
+    return shapes
 
 
 def _embed(model: VisionModel, batch: Parts[Media]) -> list[mx.array]:
-    """Return the embeddings of each picture, by one call of the tower.
+    """Return the embeddings of each picture, sound or group of frames, by one call of its tower.
 
     Inputs must have the same shapes. Raises `ValueError` if rows are missing, and what the model
     raises.
@@ -389,7 +405,7 @@ def _embed(model: VisionModel, batch: Parts[Media]) -> list[mx.array]:
     parts = [made]
     if batch[1:]:
         if made.shape[-2] != len(token_ids):
-            raise ValueError(f"{made.shape[-2]} embeddings for {len(token_ids)} tokens of pictures")
+            raise ValueError(f"{made.shape[-2]} embeddings for {len(token_ids)} tokens of files")
         ends = np.cumsum([0, *(len(media.token_ids) for media in batch)]).tolist()
         # They are copies: a slice would keep the memory of the others after they are evicted.
         parts = [mx.take(made, mx.arange(*edges), axis=-2) for edges in pairwise(ends)]
@@ -398,7 +414,7 @@ def _embed(model: VisionModel, batch: Parts[Media]) -> list[mx.array]:
 
 
 def joins() -> bool:
-    """Return whether pictures may be encoded together: on GPUs, which a small one does not fill.
+    """Return whether files may be encoded together: on GPUs, which a small one does not fill.
 
     A CPU takes as long for each, and the first one would wait for the others.
     """
@@ -436,21 +452,25 @@ def open_vision(
 
     With `sounds`, the settings of a feature extractor, it also reads sounds, or says why not
     (`PictureProcessor.no_sounds`); the same of `videos`. Noise goes through it first: raises
-    `EngineError` if the model cannot read a picture, or if its pixels change nothing. If one call
-    for both pictures returns other embeddings, pictures are encoded one by one, and a log says so.
+    `EngineError` if the model cannot read a picture, or if its pixels change nothing. Of each kind,
+    if one call for two files returns other embeddings, they are encoded one by one, and a log says
+    so.
     """
     processor = PictureProcessor(config, settings, encode)
     random = np.random.default_rng(0)
     noise = random.integers(0, 256, (2, 64, 96, 3), np.uint8)
-    made = _test("vision", model, processor, processor.image_token_id, [*map(Picture, noise)])
-    batched = joins() and CLASSES[config["model_type"]].batched and _is_batched(model, made)
+    batched, together = set[str](), joins() and CLASSES[config["model_type"]].batched
+    pictures = [*map(Picture, noise)]
+    batched |= _test("vision", model, processor, processor.image_token_id, pictures, together)
     if sounds is not None:
         try:
             if not any(getattr(model, name, None) for name in ("audio_tower", "embed_audio")):
                 raise EngineError("the files have no audio tower")
             processor.sounds = found = SoundProcessor(config, sounds, encode)
-            samples = random.normal(0, 0.1, (2, found.rate)).astype(np.float32)
-            _test("audio", model, processor, found.token_id, [*map(Sound, samples)])
+            # A multiple of 128 and one more: Gemma 4's last row is of padding.
+            samples = random.normal(0, 0.1, (2, found.rate + 129)).astype(np.float32)
+            heard = [*map(Sound, samples)]
+            batched |= _test("audio", model, processor, found.token_id, heard, joins())
         except EngineError as error:
             processor.sounds, processor.no_sounds = None, str(error)
     if videos is not None:
@@ -460,7 +480,7 @@ def open_vision(
             shape = sampling.size(1, side, side) if sampling.frame_pixels else (side, side)
             frames = random.integers(0, 256, (2, sampling.group, *shape, 3), np.uint8)
             clips = [Video(each, (0.0,) * len(each), 0.0) for each in frames]
-            _test("vision", model, processor, shown.token_id, clips)
+            batched |= _test("vision", model, processor, shown.token_id, clips, together)
         except EngineError as error:
             processor.videos, processor.no_videos = None, str(error)
     crossing, size = getattr(model, "crossing", None), getattr(model, "picture_bytes", 0)
@@ -479,8 +499,13 @@ def _test(
     processor: PictureProcessor,
     token_id: int,
     files: Collection[Picture | Sound | Video],
-) -> dict[Media, mx.array]:
-    """Return the embeddings of two files; raise `EngineError` unless they are finite and differ."""
+    together: bool,
+) -> set[str]:
+    """Raise `EngineError` unless embeddings of two files are finite and differ.
+
+    Return the kind of the files, as `VisionEncoder` has it in `batched`, if they may be encoded
+    `together`, and are the same then.
+    """
     made: dict[Media, mx.array] = {}
     for file in files:
         _, (media,) = processor.place([token_id], [file])
@@ -494,19 +519,20 @@ def _test(
     first, second = made.values()
     if not mx.all(mx.isfinite(first)) or mx.array_equal(first, second):
         raise EngineError(f"the {tower} tower returned the same or infinite embeddings")
-    return made
+    return {_content(next(iter(made)))} if together and _is_batched(model, made) else set()
 
 
 def _is_batched(model: Any, made: Mapping[Media, mx.array]) -> bool:
-    """Return whether one call for two pictures returns the embeddings `made` of calls for each."""
+    """Return whether one call for two files returns the embeddings `made` of calls for each."""
+    what = _KINDS[_content(next(iter(made)))]
     first, second = alone = [each.astype(mx.float32) for each in made.values()]
     try:
         together = mx.stack(_embed(model, [*made]))
         error = mx.abs(together - mx.stack(alone)).mean()
         is_close = bool(error <= _TOLERANCE * mx.abs(first - second).mean())  # NaN is not
     except _FAILURES as failure:
-        _log.warning("pictures are encoded one by one: %s", failure)
+        _log.warning("%ss are encoded one by one: %s", what, failure)
         return False
     if not is_close:
-        _log.warning("pictures are encoded one by one: together, they have other embeddings")
+        _log.warning("%ss are encoded one by one: together, they have other embeddings", what)
     return is_close

@@ -57,9 +57,10 @@ class VisionClass:
     With `cross`, a picture is one token, and layers attend to its keys and values from there to the
     next picture, or the one after pictures that follow each other.
 
-    With `batched`, one call encodes several pictures whose inputs have the same shapes, joined
-    along the first axis. It is not set for towers that hide a call's other pictures by a mask:
-    their work grows with the square of the number of pictures, and NaN of one reaches the others.
+    With `batched`, one call encodes several pictures, or groups of frames, whose inputs have the
+    same shapes, joined along the first axis. It is not set for towers that hide a call's other
+    pictures by a mask: their work grows with the square of the number of pictures, and NaN of one
+    reaches the others. All audio towers encode several sounds.
     """
 
     text_types: tuple[str, ...] = ()
@@ -150,6 +151,7 @@ CLASSES: Mapping[str, VisionClass] = {
         soft="<|image|>",
         ends="<image|>",
         hidden_id=0,
+        batched=True,
     ),
     "glm4v": VisionClass(
         placeholder="<|image|>",
@@ -274,8 +276,8 @@ class VisionModel(Protocol):
 
         With DeepStack they are [1 + layers, tokens, width]: embeddings, then what is added to the
         output of each of the first layers. With cross-attention, `Crossing.keys_and_values` of a
-        picture take their place. With `VisionClass.batched`, the tokens and inputs may be those of
-        several pictures.
+        picture take their place. The tokens and inputs may be those of several sounds, or with
+        `VisionClass.batched`, of several pictures or groups of frames.
         """
 
 

@@ -381,10 +381,22 @@ def _tower_class(package: Any) -> Any:
 
 
 def _add_audio_tower(tower: Any, package: Any, config: Mapping[str, Any], width: int) -> None:
-    """Add Gemma 4's audio tower and its projection to a tower."""
+    """Add Gemma 4's audio tower and its projection to a tower.
+
+    It returns the rows of all sounds before those of their padding: mlx-vlm puts the rows after a
+    sound's own in the places of the next one.
+    """
+    base = package.gemma4.AudioEncoder
+
+    def encode(self: Any, features: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+        states, padding = base.__call__(self, features, mask)
+        places = mx.arange(padding.size)
+        order = mx.argsort(mx.where(padding.flatten(), places + padding.size, places))
+        return states.reshape(1, -1, states.shape[-1])[:, order], padding
+
     made = package.AudioConfig.from_dict(dict(config))
     tower.config.audio_config = made
-    tower.audio_tower = package.gemma4.AudioEncoder(made)
+    tower.audio_tower = type("AudioEncoder", (base,), {"__call__": encode})(made)
     tower.embed_audio = package.gemma4.MultimodalEmbedder(
         made.output_proj_dims or made.hidden_size, width, made.rms_norm_eps
     )
@@ -406,8 +418,10 @@ def _cut_class(package: Any, *, any_res: bool = False) -> Any:
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         given = dict(inputs)
         if "pixel_values_videos" in inputs:  # the last frame has one more row, for a new line
-            shown = encoding.get_video_features(self, inputs["pixel_values_videos"])
-            return cast(mx.array, shown[: token_ids.size])
+            frames = inputs["pixel_values_videos"][:, None]
+            rows = encoding.get_video_features(self, frames)
+            rows = rows.reshape(len(frames), -1, rows.shape[-1])
+            return cast(mx.array, rows[:, : token_ids.size // len(frames)].flatten(0, 1))
         if inputs and (rows := _ROWS.get(self.config.model_type)) is not None:
             return rows(self, inputs)
         if inputs and (prepared := _PREPARED.get(self.config.model_type)) is not None:
@@ -531,7 +545,7 @@ def _gemma4_unified_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array
         if "pixel_values_videos" in inputs:
             names = ("pixel_values_videos", "video_position_ids")
         rows = tower.embed_vision(tower.vision_embedder(*(inputs[name] for name in names)))
-    return cast(mx.array, rows[0] / tower._width**0.5)
+    return cast(mx.array, rows.flatten(0, 1) / tower._width**0.5)
 
 
 def _gemma3n_parts(package: Any, config: Any) -> dict[str, Module]:
@@ -561,13 +575,15 @@ def _gemma3n_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
 
 
 def _gemma3n_sound(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
-    """Fill up the rows of a sound with the embedding of the last token, as transformers does."""
+    """Fill up the rows of sounds with the embedding of the last token, as transformers does."""
     states, padding = tower.audio_tower(inputs["input_features"], ~inputs["input_features_mask"])
     last = tower.embed_audio.vocab_offset + tower.embed_audio.vocab_size - 1
     filling = tower.embed_audio(input_ids=mx.array([[last]]))[0]
-    rows = mx.where(padding[0, :, None], filling, tower.embed_audio(inputs_embeds=states)[0])
-    missing = tower.config.audio_soft_tokens_per_image - len(rows)
-    return mx.concatenate([rows, mx.broadcast_to(filling, (missing, rows.shape[-1]))])
+    rows = mx.where(padding[..., None], filling, tower.embed_audio(inputs_embeds=states))
+    count, length, width = rows.shape
+    missing = tower.config.audio_soft_tokens_per_image - length
+    filled = mx.concatenate([rows, mx.broadcast_to(filling, (count, missing, width))], axis=1)
+    return filled.flatten(0, 1)
 
 
 def _omni_parts(package: Any, config: Any) -> dict[str, Module]:
@@ -582,10 +598,12 @@ def _omni_audio(package: Any, audio: Mapping[str, Any], config: Any) -> dict[str
 
 
 def _omni_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
-    """Return the rows of a sound, or of a picture or frames with what DeepStack adds to layers."""
+    """Return the rows of sounds, or of pictures or frames with what DeepStack adds to layers."""
     if "input_features" in inputs:
-        features = inputs["input_features"][0]
-        return cast(mx.array, tower.audio_tower(features, mx.array([features.shape[-1]])))
+        features = inputs["input_features"]
+        lengths = mx.array([features.shape[-1]] * len(features))
+        joined = features.swapaxes(0, 1).flatten(1)
+        return cast(mx.array, tower.audio_tower(joined, lengths))
     kind = "video" if "video_grid_thw" in inputs else "image"
     pixels = inputs["pixel_values_videos" if kind == "video" else "pixel_values"]
     rows, added = tower.vision_tower(pixels, inputs[f"{kind}_grid_thw"])

@@ -623,7 +623,7 @@ def test_a_step_with_tokens_encodes_one_picture() -> None:
     engine = tiny.tiny_engine("llava", max_num_batched_tokens=1024)
     assert engine.vision is not None
     encoder = engine.vision.encoder
-    encoder._batched = False
+    encoder._batched = frozenset()
     engine.add_request("text", request(engine, "hello", [], count=60))
     while not any(event.token_ids for event in engine.step()):
         pass

@@ -24,6 +24,7 @@ from tests.engine.vision.tiny import KINDS, kinds, picture, request, run
 
 BATCHED = [kind for kind in KINDS if CLASSES[tiny.config_of(kind)["model_type"]].batched]
 ASK = "<image>What is it?"
+PICTURES = frozenset({"pixel_values"})
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_embeddings_are_those_of_single_pictures(kind: str) -> None:
     """Those of other shapes with as many patches too. NaN of one does not reach another."""
     vision = tiny.tiny_loaded(kind).vision
     assert vision is not None
-    assert vision.encoder._batched, "open_vision has tried it"
+    assert "pixel_values" in vision.encoder._batched, "open_vision has tried it"
     model, token_id = vision.encoder._model, vision.processor.image_token_id
     for height, width in ((20, 30), (64, 64), (100, 48)):
         pictures = [picture(1, height, width), picture(2, width, height), picture(3, height, width)]
@@ -91,7 +92,7 @@ def test_requests_that_arrive_at_once_take_fewer_calls(kind: str) -> None:
     """Of six requests, four may run: as many wait for the first call as could run next."""
     pictures = [picture(seed) for seed in range(6)]
     tokens = []
-    for batched, calls in ((True, [5, 1]), (False, [1] * 6)):
+    for batched, calls in ((PICTURES, [5, 1]), (frozenset(), [1] * 6)):
         engine = tiny.tiny_engine(kind)
         made = [request(engine, ASK, [each]) for each in pictures]
         tower = recorded(engine, made[0].media[0])
@@ -234,7 +235,7 @@ def _numbered(number: int) -> Media:
 def test_pictures_that_wait_take_about_half_of_the_cache() -> None:
     """Each has 48 bytes of embeddings; while three wait, no more are encoded ahead."""
     model = SizedModel()
-    encoder = VisionEncoder(model, max_bytes=6 * 48, batched=True)
+    encoder = VisionEncoder(model, max_bytes=6 * 48, batched=PICTURES)
     media = [_numbered(number) for number in range(9)]
     user = Sequence("r", [1, 2, 3, 4], SamplingParams())
 
@@ -257,7 +258,7 @@ def test_pictures_that_wait_take_about_half_of_the_cache() -> None:
 
 def test_an_evicted_picture_frees_its_memory() -> None:
     """Each has 4 MiB of embeddings, of which none is a part of a larger array."""
-    encoder = VisionEncoder(WideModel(), max_bytes=9 << 20, batched=True)
+    encoder = VisionEncoder(WideModel(), max_bytes=9 << 20, batched=PICTURES)
     before = mx.get_active_memory()
     waiting = [(b"", _numbered(number)) for number in range(1, 4)]
     encoder.embeddings(_numbered(0), waiting=waiting)
@@ -301,7 +302,7 @@ def test_a_tower_that_mixes_pictures_encodes_them_one_by_one(
     encode = lambda text: loaded.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
     given = tiny.config_of("llava"), tiny.settings_of("llava"), encode
     with caplog.at_level(logging.WARNING):
-        assert open_vision(model, *given).encoder._batched
+        assert open_vision(model, *given).encoder._batched == PICTURES
         assert not caplog.records
         assert not open_vision(MixingModel(model, message), *given).encoder._batched
     assert f"pictures are encoded one by one: {logged}" in caplog.text
