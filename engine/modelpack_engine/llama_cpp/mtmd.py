@@ -17,6 +17,7 @@ import resource
 import signal
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,8 +53,9 @@ _MARKER = "<__media__>"
 _ENCODE_SECONDS = 300.0
 _PROGRAM = "modelpack_engine.llama_cpp.mtmd"
 _IMAGE = 1  # MTMD_INPUT_CHUNK_TYPE_IMAGE
-#: The most pictures that wait for mtmd, each decoded and in a thread of its own.
-_MAX_WAITING = 16
+#: The most pictures that wait for mtmd, each decoded and in a thread of its own: in all, and of one
+#: owner beside the one that it encodes.
+_MAX_WAITING, _MAX_WAITING_OF_OWNER = 16, 8
 _FAILED = "the process of llama.cpp failed"
 
 
@@ -98,12 +100,12 @@ class MtmdProcessor(MediaProcessor):
 
     def _reset(self) -> None:
         self._lock, self._closed = threading.Lock(), False
-        self._places = threading.BoundedSemaphore(1 + _MAX_WAITING)
+        self._placed, self._places = threading.Lock(), Counter[bytes]()  # by owner
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             self._end()  # the copy has its own
-        return self.__dict__ | {"_lock": None, "_places": None}
+        return self.__dict__ | {"_lock": None, "_placed": None, "_places": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -133,7 +135,7 @@ class MtmdProcessor(MediaProcessor):
 
     def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
         height, width, _ = picture.pixels.shape
-        with self._turn(picture.param):
+        with self._turn(picture.param, place.owner):
             try:
                 return self._encoded(picture, place.start)
             except EngineError as error:
@@ -146,20 +148,29 @@ class MtmdProcessor(MediaProcessor):
                 ) from error
 
     @contextmanager
-    def _turn(self, param: str) -> Iterator[None]:
+    def _turn(self, param: str, owner: bytes) -> Iterator[None]:
         """Wait for mtmd, and hold it in the block. Raises `QueueFullError`, and as `_check`."""
-        if not self._places.acquire(blocking=False):
-            raise QueueFullError(
-                f"{_MAX_WAITING} pictures wait to be encoded",
-                retry_after=RETRY_AFTER,
-                hint="try again later",
-            )
+        with self._placed:
+            waiting = ""
+            if self._places.total() > _MAX_WAITING:
+                waiting = f"{_MAX_WAITING} pictures"
+            elif owner and self._places[owner] > _MAX_WAITING_OF_OWNER:
+                waiting = f"{_MAX_WAITING_OF_OWNER} pictures of the API key"
+            if waiting:
+                raise QueueFullError(
+                    f"{waiting} wait to be encoded",
+                    retry_after=RETRY_AFTER,
+                    hint="try again later",
+                )
+            self._places[owner] += 1
         try:
             with self._lock:
                 self._check(param)
                 yield
         finally:
-            self._places.release()
+            with self._placed:
+                self._places[owner] -= 1
+                self._places += Counter()  # forget owners with none
 
     def _check(self, param: str) -> None:
         """Raise `EngineError` if the engine is stopped, or if the request was cancelled."""

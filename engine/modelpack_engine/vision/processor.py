@@ -125,8 +125,8 @@ class InputMemory:
 class Place:
     """Where a picture goes: the position of its first token, and its index among `count` files.
 
-    `before` is the last token of a picture right before it. Layers with cross-attention see it up
-    to the placeholder at `until`.
+    `owner` has sent the request, empty if it is not known. `before` is the last token of a picture
+    right before it. Layers with cross-attention see it up to the placeholder at `until`.
     """
 
     start: int
@@ -134,6 +134,7 @@ class Place:
     count: int
     before: int | None
     until: int
+    owner: bytes
 
 
 class MediaProcessor(ABC):
@@ -189,8 +190,9 @@ class MediaProcessor(ABC):
         token_ids: Sequence[int],
         files: Collection[Picture | Sound | Video],
         check_room: Callable[[int], None] = lambda _: None,
+        owner: bytes = b"",
     ) -> tuple[list[int], tuple[Media, ...]]:
-        """Return a prompt with the tokens of each file in place of its placeholder.
+        """Return a prompt of `owner` with the tokens of each file in place of its placeholder.
 
         Before each file, `check_room` is called with the tokens that the prompt has at least.
         Raises `RequestError` unless the prompt has one placeholder for each file, and if a file
@@ -250,7 +252,7 @@ class MediaProcessor(ABC):
                 else:
                     shared = placed[-1] if media and media[-1].stop == len(placed) else None
                     until = _end(token_ids, position)
-                    place = Place(len(placed), len(media), len(files), shared, until)
+                    place = Place(len(placed), len(media), len(files), shared, until, owner)
                     tokens_of, parts = self._picture(file, place)
             for part in parts:
                 self.memory.add(part, nbytes)

@@ -563,7 +563,7 @@ def place_pictures(
     with PictureFiles(
         files, owner, processor.sounds, processor.videos, frees=processor.encodes
     ) as pictures:
-        return model.pictures.place(token_ids, pictures, model.check_room)
+        return model.pictures.place(token_ids, pictures, model.check_room, owner)
 
 
 def joined_content(contents: Sequence[str | list[dict[str, Any]]]) -> str | list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,7 @@ from modelpack_engine.worker.workers import shared_workers
 from modelpack_server import stored_models
 from modelpack_server.api.app import ModelServer
 from modelpack_server.conversation.pictures import PictureFile, place_pictures
+from modelpack_server.conversation.served_model import RequestContext, request_context
 from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import Opened, open_model
@@ -366,7 +368,7 @@ def test_few_pictures_wait(engine: LlamaCppEngine) -> None:
     with ThreadPoolExecutor(1 + mtmd._MAX_WAITING) as threads:
         with processor._lock:
             waiting = [threads.submit(place, index == 3) for index in range(threads._max_workers)]
-            until(lambda: processor._places._value == 0)
+            until(lambda: processor._places.total() == 1 + mtmd._MAX_WAITING)
             with pytest.raises(QueueFullError, match="16 pictures wait to be encoded"):
                 place(False)
             waiting.pop(3)
@@ -382,6 +384,38 @@ def test_few_pictures_wait(engine: LlamaCppEngine) -> None:
                 each.result(60)
             assert not isinstance(caught.value, RequestError)
     assert processor._worker is None
+
+
+def test_an_owner_takes_half_of_the_waiting_places(engine: LlamaCppEngine) -> None:
+    """One picture of it may be encoded beside; requests without an owner are of any."""
+    processor = pickle.loads(pickle.dumps(processor_of(engine)))
+    picture, most = Picture(DIGIT.pixels), 1 + mtmd._MAX_WAITING_OF_OWNER
+
+    def place(owner: bytes) -> object:
+        return processor.place([-1], [picture], owner=owner)
+
+    try:
+        with ThreadPoolExecutor(1 + mtmd._MAX_WAITING) as threads:
+            with processor._lock:
+                waiting = [threads.submit(place, b"first") for _ in range(most)]
+                until(lambda: processor._places == {b"first": most})
+                with pytest.raises(QueueFullError, match="8 pictures of the API key wait"):
+                    place(b"first")
+                waiting += [threads.submit(place, owner) for owner in (b"second", *[b""] * 7)]
+                until(lambda: processor._places.total() == 1 + mtmd._MAX_WAITING)
+                with pytest.raises(QueueFullError, match="16 pictures wait to be encoded"):
+                    place(b"third")
+            assert all(each.result(60) for each in waiting)
+            assert not processor._places
+        with processor._turn("here", b"first"):
+            assert processor._places == {b"first": 1}
+        with ThreadPoolExecutor(most + 1) as threads:
+            with processor._lock:
+                waiting = [threads.submit(place, b"") for _ in range(most + 1)]
+                until(lambda: processor._places == {b"": most + 1})
+            assert all(each.result(60) for each in waiting)
+    finally:
+        processor.close()
 
 
 def test_a_cancelled_request_starts_no_encoding(
@@ -407,18 +441,23 @@ def test_a_cancelled_request_starts_no_encoding(
 def test_no_worker_is_reserved_while_a_picture_is_encoded(
     engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processor, busy = processor_of(engine), list[str]()
+    """And it takes a place of the request's owner."""
+    processor, busy, owners = processor_of(engine), list[str](), list[bytes]()
     answer = processor._answer
 
     def watched(picture: Picture) -> dict[str, Any]:
         busy.extend(shared_workers("media")._busy)
+        owners.extend(processor._places)
         return answer(picture)
 
     monkeypatch.setattr(processor, "_answer", watched)
     file = PictureFile(file_of(Picture(DIGIT.pixels)), "here")
-    _, media = place_pictures(Mock(pictures=processor), [-1, -1], [file, file])
+    context = copy_context()
+    context.run(request_context.set, RequestContext(b"owner"))
+    _, media = context.run(place_pictures, Mock(pictures=processor), [-1, -1], [file, file])
     assert media
     assert not busy
+    assert owners == [b"owner"] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")
