@@ -174,11 +174,12 @@ def measure_together(path: Path, count: int) -> None:
     engine, random = make_engine(path, count), np.random.default_rng(2)
     assert engine.vision is not None
     encoder = engine.vision.encoder
-    show("engine", {"notes": engine.notes, "batched": encoder._batched, "count": count})
+    kinds = encoder._batched
+    show("engine", {"notes": engine.notes, "batched": [*kinds], "count": count})
     for side in (224, 448):
         for number in range(ROUNDS):
             for together in (True, False):
-                encoder._batched = together
+                encoder._batched = kinds if together else frozenset()
                 new = [
                     Picture(random.integers(0, 256, (side, side, 3), np.uint8))
                     for _ in range(count)
