@@ -1,7 +1,7 @@
   // A residual sum and the RMS norm of it (https://arxiv.org/abs/1910.07467): one threadgroup for each row.
   //   a [rows, ..., D] T   b [PARTS, rows, D] B   weight [D] W   EPSILON: a float's bits
   //   total [rows, D] T = a + sum of b   out [rows, D] T = total / rms(total) * weight
-  // After `shrink`, the rows' adapters add to the sum of b:   up [slots, RANKS, D] A
+  // After `shrink` and `expand`, the rows' adapters add to the sum of b.
   PA_LET_NEXT_START();
   PA_WAIT_FOR_BEFORE();
   constexpr int THREADS = NSG * 32, VECTORS = D / VEC, EACH = (VECTORS + THREADS - 1) / THREADS;
@@ -25,14 +25,8 @@
         const Parts y = ((const PA_DEVICE Parts*)b)[part * before + first + at];
         PA_UNROLL for (int e = 0; e < VEC; e++) sum[e] += float(y.e[e]);
       }
-#ifdef PA_SHRUNK
-      const PA_DEVICE PaVec<A, VEC>* by = (const PA_DEVICE PaVec<A, VEC>*)up + (size_t)slot * RANKS * VECTORS + at;
-      for (int first = 0; first < RANKS && slot > 0; first += STEP) {
-        PA_UNROLL for (int j = 0; j < STEP; j++) {
-          const PaVec<A, VEC> more = by[(size_t)(first + j) * VECTORS];
-          PA_UNROLL for (int e = 0; e < VEC; e++) sum[e] += inner[first + j] * float(more.e[e]);
-        }
-      }
+#ifdef PA_EXPANDED
+      PA_UNROLL for (int e = 0; e < VEC; e++) sum[e] += changes[i][0][e];
 #endif
       PA_UNROLL for (int e = 0; e < VEC; e++) {
         kept[i].e[e] = T(float(x.e[e]) + float(T(sum[e])));

@@ -147,10 +147,10 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "greedy": ("most_likely", "greedy"),
     "pick": ("most_likely", "pick"),
     "experts": ("experts", "product"),
-    "adapters": ("chunks", "shrink", "adapters"),
+    "adapters": ("chunks", "shrink", "expand", "adapters"),
     "add_norm": ("add_norm", "normed"),
     "norm_beside": ("norm_beside", "normed"),
-    "adapters_norm": ("shrink", "add_norm", "normed"),
+    "adapters_norm": ("shrink", "expand", "add_norm", "normed"),
     "adapters_wide": ("chunks", "adapters_wide"),
     "delta_wide": ("delta_rule", "delta_wide"),
 }

@@ -20,8 +20,11 @@ from modelpack_engine.layers.matmul import Parts
 RANK_STEP = 8
 #: The most layers of one product, and the largest rank: the kernel keeps a value of each in memory.
 MOST_LAYERS, MOST_RANK = 4, 512
-#: The most outputs that a threadgroup computes, and its most simdgroups.
-_CHUNK, _MOST_SIMDGROUPS = 4096, 8
+#: The most outputs that a threadgroup computes, and its most simdgroups, without and with the norm.
+_CHUNK, _MOST_SIMDGROUPS, _NORM_SIMDGROUPS = 2048, 8, 16
+#: The most columns of a first matrix that a simdgroup multiplies by at a time, and the loads of
+#: these that it has in flight.
+_MOST_COLUMNS, _LOADS = 4, 8
 #: With fewer rows, a threadgroup computes a whole row, with its norm. Many rows are prompts, of
 #: which a block computes 16 on tensor cores: its threads, and the depth and width of its matmuls.
 _MANY_ROWS, _BLOCK_ROWS, _BLOCK_THREADS, _DEPTH, _WIDTH = 256, 16, 256, 32, 64
@@ -80,12 +83,14 @@ def add(
     x, sizes = adapters.x, adapters.sizes
     rows, (_, products, inputs) = x.shape[0], adapters.down.shape
     rank, outputs = adapters.up.shape[1:]
+    ranks = 2 * rank if gated else rank
     ends = [*accumulate(sizes), *[outputs] * MOST_LAYERS]
     chunks = sum(-(-size // chunk) for size in (sizes[:1] if gated else sizes))
+    chunk = min(chunk, max(sizes))  # threads keep the outputs of a chunk
     shape = (rows, outputs // 2 if gated else outputs)
     constants: list[tuple[str, int | bool]] = [
         ("IN", inputs), ("OUT", outputs), ("N", products), ("RANK", rank),
-        ("RANKS", 2 * rank if gated else rank), ("PARTS", parts.count), ("END0", ends[0]),
+        ("RANKS", ranks), ("PARTS", parts.count), ("END0", ends[0]),
         ("END1", ends[1]), ("END2", ends[2]), ("GATED", gated), ("CHUNK", chunk),
     ]  # fmt: skip
     if wide or (wide is None and rows >= _MANY_ROWS and _fits_wide(adapters)):
@@ -105,19 +110,33 @@ def add(
     itemsize = max(x.dtype.size, adapters.up.dtype.size)
     load = vector_width(itemsize, inputs)
     vector = min(vector_width(max(itemsize, parts.array.dtype.size), size) for size in sizes)
-    most = max(inputs // load, min(chunk, *sizes) // vector)
+    most = max(inputs // load, chunk // vector)
     simdgroups = min(_MOST_SIMDGROUPS, max(1, most // 32))
     (out,) = launch.run(
         "adapters",
         [parts.array, *adapters.arrays()],
         [("T", x.dtype), ("A", adapters.up.dtype), ("J", parts.array.dtype)],
-        [*constants, ("FROM", load), ("TO", vector), ("NSG", simdgroups)],
+        [
+            *constants,
+            ("FROM", load),
+            ("TO", vector),
+            ("NSG", simdgroups),
+            *_reads(ranks, simdgroups),
+        ],
         threads=rows * chunks * simdgroups * 32,
         group=simdgroups * 32,
         shapes=[shape],
         dtypes=[x.dtype],
     )
     return out
+
+
+def _reads(ranks: int, simdgroups: int) -> list[tuple[str, int | bool]]:
+    """Return the constants for how simdgroups read a first matrix of so many columns."""
+    step = _MOST_COLUMNS
+    while step > 1 and step * simdgroups > ranks:
+        step //= 2
+    return [("STEP", step), ("AHEAD", _LOADS // step)]
 
 
 def _fits_wide(adapters: RowAdapters) -> bool:
@@ -145,7 +164,7 @@ def add_norm(
     inputs, up = adapters.down.shape[2], adapters.up
     itemsize = max(a.dtype.size, up.dtype.size)
     vector = vector_width(max(itemsize, parts.array.dtype.size), dim)
-    threads = 32 * min(_MOST_SIMDGROUPS, max(1, -(-dim // (vector * 32))))
+    threads = 32 * min(_NORM_SIMDGROUPS, max(1, -(-dim // (vector * 32))))
     total, out = launch.run(
         "adapters_norm",
         [a, parts.array, weight, *adapters.arrays()],
@@ -156,6 +175,7 @@ def add_norm(
             ("IN", inputs), ("N", up.shape[1]), ("RANKS", up.shape[1]),
             ("FROM", vector_width(itemsize, inputs)), ("D", dim), ("VEC", vector),
             ("NSG", threads // 32), ("PARTS", parts.count), ("EPSILON", launch.bits_of(epsilon)),
+            *_reads(up.shape[1], threads // 32),
         ],
         threads=rows * threads,
         group=threads,
@@ -165,7 +185,9 @@ def add_norm(
     return total, out
 
 
-_OF_ROWS, _INPUTS, _RANK, _SIZES = (2, 0, 1, 2, 1), 640, 3 * RANK_STEP, (64, 128, 192)
+#: A thread computes several vectors of the first layer, and of gates.
+_OF_ROWS, _INPUTS, _RANK, _SIZES = (2, 0, 1, 2, 1), 640, 3 * RANK_STEP, (2112, 128, 192)
+_GATES = 576
 
 
 def _case(
@@ -199,8 +221,9 @@ def _products(dtype: mx.Dtype, *, wide: bool) -> Pairs:
     found = [add(parts, three, chunk=chunk, wide=wide) for chunk in (_CHUNK, 64)]
     base = add(parts, replace(three, slots=mx.zeros_like(three.slots)), wide=wide)
     without = parts.array.sum(axis=0)
-    parts, two, both = _case(dtype, (64, 64), singles=3)
-    gates = both[:, :64] * mx.sigmoid(both[:, :64]) * both[:, 64:]
+    parts, two, both = _case(dtype, (_GATES, _GATES), singles=3)
+    gate, value = mx.split(both, 2, axis=1)
+    gates = gate * mx.sigmoid(gate) * value
     scale = 0.25  # products of two outputs are larger, and so are the errors of their types
     return {
         "products with adapters": (mx.stack(found), expected),

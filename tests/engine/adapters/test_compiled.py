@@ -224,11 +224,17 @@ def test_rows_on_tensor_cores(
     [
         ("shrink", ("slot * N +", "slot +")),
         ("shrink", ("+ product", "")),
-        ("shrink", ("high ? sums[i] : sums[rest + i]", "sums[i]")),
+        ("shrink", ("first += NSG * STEP", "first += RANKS")),
+        ("shrink", ("inner[first + i]", "inner[first]")),
+        ("shrink", ("PA_SYNC();", "")),
+        ("shrink", ("|| from + ahead * 32 < LOADS", "|| true")),
         ("chunks", ("(chunk - chunks_before) * CHUNK", "0")),
-        ("adapters", ("inner[l * RANK + first + i]", "inner[first + i]")),
-        ("adapters", ("inner[l * RANK + first + i]", "inner[i]")),
-        ("add_norm", ("inner[first + j]", "inner[j]")),
+        ("expand", ("inner[l * RANK + first + i]", "inner[first + i]")),
+        ("expand", ("inner[l * RANK + first + i]", "inner[i]")),
+        ("expand", ("turn * NSG * 32 +", "")),
+        ("adapters", ("turn * NSG * 32 +", "")),
+        ("adapters", ("changes[turn]", "changes[0]")),
+        ("add_norm", ("changes[i]", "changes[0]")),
     ],
 )
 def test_the_verdict_names_a_wrong_kernel(host: Host, body: str, wrong: tuple[str, str]) -> None:

@@ -205,7 +205,7 @@ def _definitions(instances: Sequence[Instance], edit: Edit) -> list[str]:
                 "pa_emu = &emu;" if body in ON_TENSOR_CORES else "",
                 *(edit(part, text(part)) for part in PARTS.get(body, (body,))),
                 "}",
-                *(f"#undef {name}" for name in ("PA_CHUNKS", "PA_SHRUNK")),
+                *(f"#undef {name}" for name in ("PA_CHUNKS", "PA_EXPANDED")),
             ]
     return lines
 
