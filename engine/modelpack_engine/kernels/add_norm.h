@@ -1,9 +1,11 @@
   // A residual sum and the RMS norm of it (https://arxiv.org/abs/1910.07467): one threadgroup for each row.
   //   a [rows, ..., D] T   b [PARTS, rows, D] B   weight [D] W   EPSILON: a float's bits
   //   total [rows, D] T = a + sum of b   out [rows, D] T = total / rms(total) * weight
-  // After `shrink` and `expand`, the rows' adapters add to the sum of b.
+  // After `shrink` and `expand`, which have waited, the rows' adapters add to the sum of b.
+#ifndef PA_EXPANDED
   PA_LET_NEXT_START();
   PA_WAIT_FOR_BEFORE();
+#endif
   constexpr int THREADS = NSG * 32, VECTORS = D / VEC, EACH = (VECTORS + THREADS - 1) / THREADS;
   typedef PaVec<T, VEC> Vec;
   typedef PaVec<W, VEC> Weights;

@@ -20,3 +20,5 @@
       }
     }
   }
+  // Only now are parts of the product read, and results written, whose memory may have been another array's.
+  PA_WAIT_FOR_BEFORE();

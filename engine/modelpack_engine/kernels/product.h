@@ -6,6 +6,7 @@
   //   bias [N] T (BIAS)   out [parts, M, N] O: several parts must be added
   //   SWIGLU: the first half of weights are gates, and out [1, M, N / 2] is silu(gate) * other half
   // With PA_EXPERTS (experts.h), a block's rows and weights are those of one expert.
+  PA_LET_NEXT_START();
 #ifndef PA_EXPERTS
   const int rows = x_shape[0], N = weight_shape[0], packed = weight_shape[1], width = SWIGLU ? N / 2 : N;
   const size_t first_line = 0, first_row = 0;

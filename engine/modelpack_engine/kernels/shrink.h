@@ -1,5 +1,8 @@
   // A row times the first matrix of its adapter: `inner` has the products of RANKS columns.
-  //   x [rows, IN] T   down [slots, N, IN] A   slots [rows] int: 0 is no adapter   up: see `expand`
+  //   x [rows, IN] T   down [slots, N, IN] A   slots [rows] int: 0 is no adapter
+  // The kernel may be launched early only directly after a product that was itself not launched early: all that
+  // came before the product has ended then, x too, and this reads x while the product still runs.
+  PA_LET_NEXT_START();
 #ifdef PA_CHUNKS
   const int own_row = block;
 #else

@@ -99,6 +99,9 @@ _AT_ONCE = 8
 #: Kernels that may start while the one before runs: they wait for its end themselves. The first one
 #: has weights copied until then.
 EARLY: frozenset[str] = frozenset({"packed_strips", "rotate", "decode", "merge", "add_norm"})
+#: Kernels that may start while this one before runs, and read all but what it writes before they
+#: wait for its end. It is never launched early itself: all before it has ended when it starts.
+EARLY_AFTER = {"adapters": "product", "adapters_norm": "product"}
 #: The last numbers of a step: the addresses of its tokens and of its draft.
 _NUM_HALVES = 8
 
@@ -129,11 +132,8 @@ def launched_early(
     found = list(calls)
     for index in range(1, len(found)):
         call, before = found[index], found[index - 1]
-        if (
-            bodies[index] in EARLY
-            and isinstance(call, KernelCall)
-            and isinstance(before, KernelCall)
-        ):
+        may = bodies[index] in EARLY or EARLY_AFTER.get(bodies[index]) == bodies[index - 1]
+        if may and isinstance(call, KernelCall) and isinstance(before, KernelCall):
             found[index] = replace(call, early=True)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.kernels.sources import Body, body_text
+from modelpack_engine.kernels.sources import OUTPUTS, Body, body_text
 from modelpack_engine.platform.driver import (
     Driver,
     DriverError,
@@ -19,7 +20,7 @@ from modelpack_engine.platform.driver import (
     pointer_bytes,
     shape_bytes,
 )
-from modelpack_engine.runner.replay import EARLY, launched_early
+from modelpack_engine.runner.replay import EARLY, EARLY_AFTER, launched_early
 
 #: Functions whose first argument is where a handle goes.
 MAKERS = {
@@ -112,22 +113,41 @@ def test_kernels_that_wait_are_launched_early_after_kernels() -> None:
         raise AssertionError(stream)
 
     bodies = ["merge", "packed_strips", "matmul", "add_norm", "rotate", "prefill", "decode"]
+    bodies += ["product", "adapters", "packed", "adapters", "matmul", "adapters_norm", "adapters"]
+    bodies += ["product", "add_norm", "adapters_norm", "product", "adapters_norm", "adapters_norm"]
     calls = [matmul if body == "matmul" else CALL for body in bodies]
     found = launched_early(bodies, calls)
     assert [isinstance(call, KernelCall) and call.early for call in found] == [
         False, True, False, False, True, False, True,
+        False, True, False, False, False, False, False,
+        False, True, False, False, True, False,
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("body", sorted(EARLY))
 def test_kernels_that_are_launched_early_wait(body: Body) -> None:
     statements = [line.partition("//")[0].strip() for line in body_text(body).splitlines()]
-    code = [line for line in statements if line]
+    code = [line for line in statements if line and not line.startswith("#")]
     wait = code.index("PA_WAIT_FOR_BEFORE();")
     if body == "packed_strips":  # weights are copied before, and nothing is written
         assert not any(name in " ".join(code[:wait]) for name in ("x)", "more", "norm)", "out["))
     else:
         assert wait == code.index("PA_LET_NEXT_START();") + 1 == 1
+
+
+@pytest.mark.parametrize("body", sorted(EARLY_AFTER))
+def test_kernels_that_read_early_wait_for_the_product(body: Body) -> None:
+    """What they read before that was written before the product, which starts after its end."""
+    assert EARLY_AFTER[body] == "product" not in {*EARLY, *EARLY_AFTER}
+    assert "PA_LET_NEXT_START();" in body_text("product")
+    code = re.sub(r"//.*", "", body_text(body))
+    code = re.sub(r"#ifndef PA_EXPANDED\n.*?#endif", "", code, flags=re.DOTALL)
+    before, _, after = code.partition("PA_WAIT_FOR_BEFORE();")
+    assert "PA_LET_NEXT_START();" in before
+    assert ")x)" in before
+    for name in ("given" if body == "adapters" else "b", *OUTPUTS[body]):
+        assert f"){name})" not in before
+        assert f"){name})" in after
 
 
 def test_a_capture_that_fails_is_ended() -> None:
