@@ -2,7 +2,6 @@
   // of TO from `start` to `stop`. `shrink` comes before.
   //   up [slots, RANK, OUT] A   GATED: outputs of two layers, each of OUT / 2
 #define PA_EXPANDED
-  constexpr int BATCH = 8;  // loads in flight
   constexpr int BOTH = GATED ? 2 : 1, LINE = OUT / TO, TURNS = (CHUNK / TO + NSG * 32 - 1) / (NSG * 32);
   typedef PaVec<A, TO> Up;
   float changes[TURNS][BOTH][TO];
@@ -11,8 +10,8 @@
     PA_UNROLL for (int l = 0; l < BOTH; l++) {
       PA_UNROLL for (int e = 0; e < TO; e++) changes[turn][l][e] = 0.0f;
       const PA_DEVICE Up* by = (const PA_DEVICE Up*)up + (size_t)slot * RANK * LINE + l * (LINE / 2) + at;
-      for (int first = 0; first < RANK && slot > 0 && at < stop / TO; first += BATCH) {
-        PA_UNROLL for (int i = 0; i < BATCH; i++) {
+      for (int first = 0; first < RANK && slot > 0 && at < stop / TO; first += STEP) {
+        PA_UNROLL for (int i = 0; i < STEP; i++) {
           const Up factors = by[(size_t)(first + i) * LINE];
           const float value = inner[l * RANK + first + i];
           PA_UNROLL for (int e = 0; e < TO; e++) changes[turn][l][e] += value * float(factors.e[e]);

@@ -22,9 +22,6 @@ RANK_STEP = 8
 MOST_LAYERS, MOST_RANK = 4, 512
 #: The most outputs that a threadgroup computes, and its most simdgroups, without and with the norm.
 _CHUNK, _MOST_SIMDGROUPS, _NORM_SIMDGROUPS = 2048, 8, 16
-#: The most columns of a first matrix that a simdgroup multiplies by at a time, and the loads of
-#: these that it has in flight.
-_MOST_COLUMNS, _LOADS = 4, 8
 #: With fewer rows, a threadgroup computes a whole row, with its norm. Many rows are prompts, of
 #: which a block computes 16 on tensor cores: its threads, and the depth and width of its matmuls.
 _MANY_ROWS, _BLOCK_ROWS, _BLOCK_THREADS, _DEPTH, _WIDTH = 256, 16, 256, 32, 64
@@ -116,27 +113,13 @@ def add(
         "adapters",
         [parts.array, *adapters.arrays()],
         [("T", x.dtype), ("A", adapters.up.dtype), ("J", parts.array.dtype)],
-        [
-            *constants,
-            ("FROM", load),
-            ("TO", vector),
-            ("NSG", simdgroups),
-            *_reads(ranks, simdgroups),
-        ],
+        [*constants, ("FROM", load), ("TO", vector), ("NSG", simdgroups)],
         threads=rows * chunks * simdgroups * 32,
         group=simdgroups * 32,
         shapes=[shape],
         dtypes=[x.dtype],
     )
     return out
-
-
-def _reads(ranks: int, simdgroups: int) -> list[tuple[str, int | bool]]:
-    """Return the constants for how simdgroups read a first matrix of so many columns."""
-    step = _MOST_COLUMNS
-    while step > 1 and step * simdgroups > ranks:
-        step //= 2
-    return [("STEP", step), ("AHEAD", _LOADS // step)]
 
 
 def _fits_wide(adapters: RowAdapters) -> bool:
@@ -175,7 +158,6 @@ def add_norm(
             ("IN", inputs), ("N", up.shape[1]), ("RANKS", up.shape[1]),
             ("FROM", vector_width(itemsize, inputs)), ("D", dim), ("VEC", vector),
             ("NSG", threads // 32), ("PARTS", parts.count), ("EPSILON", launch.bits_of(epsilon)),
-            *_reads(up.shape[1], threads // 32),
         ],
         threads=rows * threads,
         group=threads,
@@ -186,7 +168,7 @@ def add_norm(
 
 
 #: A thread computes several vectors of the first layer, and of gates.
-_OF_ROWS, _INPUTS, _RANK, _SIZES = (2, 0, 1, 2, 1), 640, 3 * RANK_STEP, (2112, 128, 192)
+_OF_ROWS, _INPUTS, _RANK, _SIZES = (2, 0, 1, 2, 1), 2176, 3 * RANK_STEP, (2112, 128, 192)
 _GATES = 576
 
 
