@@ -1,31 +1,20 @@
 """KV pools: the memory of one layer's keys and values, and the ranges of it that calls read.
 
-A pool for CPUs is an array that MLX reads from a file of zeros, `_ZerosFile`: where the system has
-not given the array's memory yet, which is then zeros, the file writes nothing. The system gives it
-block by block as tokens are written, instead of 512 MB while a model is loaded.
-
 `HeadMajorPools` are for CPUs, `TokenMajorPools` for GPUs; `paged.PagedKV` chooses. `KVLayout`
 describes the keys and values of a token.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import mmap
-import os
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from modelpack_engine import kernels
 from modelpack_engine.kernels.quantised import Quantisation
+from modelpack_engine.platform.zeros import untouched_zeros
 
 
 class KeyRange:
@@ -183,72 +172,11 @@ class Pools(Protocol):
         """Write contents that `blocks` returned, of this pool or one with the same layout."""
 
 
-_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
-_PAGEMAP = Path("/proc/self/pagemap")
-
-
-def untouched_zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Return zeros, not evaluated, whose memory the system gives when they are written."""
-    if 0 in shape:
-        return mx.zeros(shape, dtype)
-    file: Any = _ZerosFile(shape, dtype)
-    found: Any = mx.load(file, format="safetensors")
-    zeros: mx.array = found["zeros"]
-    return zeros
-
-
-class _ZerosFile(io.RawIOBase):
-    """A safetensors file with the array "zeros"."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
-        size = math.prod(shape) * dtype.size
-        fields = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": (0, size)}
-        header = json.dumps({"zeros": fields}).encode()
-        self._header = struct.pack("<Q", len(header)) + header
-        self._size, self._at = len(self._header) + size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`, but for pages of memory that are zeros as nobody has touched them."""
-        into = np.frombuffer(buffer, np.uint8)
-        start, self._at = self._at, self._at + len(into)
-        if start < len(self._header):
-            header = self._header[start : self._at]
-            into[: len(header)] = np.frombuffer(header, np.uint8)
-            into = into[len(header) :]
-        address, page = into.ctypes.data, mmap.PAGESIZE
-        first, last = -(-address // page), (address + len(into)) // page
-        if last > first and _is_untouched(first, last):
-            into[: first * page - address] = 0
-            into[last * page - address :] = 0
-        else:
-            into[:] = 0
-        return self._at - start
-
-
-def _is_untouched(first: int, last: int) -> bool:
-    """Return whether pages [first, last) are neither in memory nor swapped (Linux's proc(5))."""
-    try:
-        entries = np.fromfile(_PAGEMAP, np.uint64, last - first, offset=8 * first)
-    except OSError:
-        return False
-    return len(entries) == last - first and not np.any(entries >> np.uint64(62))
-
-
 class HeadMajorPools:
-    """Pools [heads, slots, dim] for CPUs. Zeros at first, so that unwritten slots are finite."""
+    """Pools [heads, slots, dim] for CPUs. Zeros at first, so that unwritten slots are finite.
+
+    They take memory as blocks are written.
+    """
 
     def __init__(self, layout: KVLayout, num_blocks: int, block_size: int) -> None:
         self._num_blocks, self._block_size = num_blocks, block_size
@@ -257,8 +185,8 @@ class HeadMajorPools:
         dims = layout.key_dim, layout.value_dim
         if layout.quantised is not None:
             dims = layout.quantised.words(dims[0]), layout.quantised.words(dims[1])
-        self.keys = untouched_zeros((layout.key_heads, slots, dims[0]), layout.pool_dtype)
-        self.values = untouched_zeros((layout.value_heads, slots, dims[1]), layout.pool_dtype)
+        self.keys = untouched_zeros((layout.key_heads, slots, dims[0]), layout.pool_dtype, self)
+        self.values = untouched_zeros((layout.value_heads, slots, dims[1]), layout.pool_dtype, self)
 
     def write(
         self, keys: mx.array, values: mx.array, slots: mx.array, runs: Sequence[Run] | None

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.errors import EngineError
+from modelpack_engine.platform.zeros import promised_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 #: The largest array on the heap (glibc allows no more), and the freed bytes that the heap keeps.
 LARGEST_ON_HEAP, KEPT = 32 << 20, 256 << 20
+#: The control group of a container, which sees its own as the root.
+CGROUP = Path("/sys/fs/cgroup")
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 #: The size of the smallest staged array, and the most arrays of one size.
@@ -91,18 +95,26 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes of the host's memory that programs can get without swapping.
+    """Return the bytes of the host's memory that this process can get without swapping.
 
-    Half of the memory where the system does not report it, as macOS.
+    At most what the container's limit leaves (control group v2), less what arrays of zeros still
+    get. Half of the memory where the system does not report it, as macOS.
     """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with suppress(OSError, KeyError, ValueError):
+        found = 1024 * int(
+            _fields(Path("/proc/meminfo").read_text(), ":")["MemAvailable"].split()[0]
+        )
+    with suppress(OSError, KeyError, ValueError):  # "max" is no number
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = int(_fields((CGROUP / "memory.stat").read_text(), " ")["inactive_file"])
+        found = min(found, limit - used + cached)
+    return max(0, found - promised_bytes())
+
+
+def _fields(text: str, separator: str) -> dict[str, str]:
+    pairs = (line.partition(separator) for line in text.splitlines())
+    return {name: value for name, _, value in pairs}
 
 
 def used_memory() -> int:

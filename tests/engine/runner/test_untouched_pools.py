@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from modelpack_engine.attention import kv_pools
-from modelpack_engine.attention.kv_pools import (
-    HeadMajorPools,
-    KVLayout,
-    untouched_zeros,
-)
+from modelpack_engine.attention.kv_pools import HeadMajorPools, KVLayout
+from modelpack_engine.platform import device, zeros
+from modelpack_engine.platform.zeros import promised_bytes, untouched_zeros
 
 PAGE = mmap.PAGESIZE
 only_linux = pytest.mark.skipif(
     not Path("/proc/self/pagemap").exists(), reason="needs Linux's proc"
 )
+
+
+class Owner:
+    """Holds arrays."""
 
 
 def touched(array: mx.array) -> int:
@@ -34,7 +36,7 @@ def touched(array: mx.array) -> int:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint32])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (2, 4096, 3), (3, 0, 5)])
 def test_they_are_zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> None:
-    found = untouched_zeros(shape, dtype)
+    found = untouched_zeros(shape, dtype, Owner())
     assert (found.shape, found.dtype) == (shape, dtype)
     assert mx.array_equal(found, mx.zeros(shape, dtype))
 
@@ -55,7 +57,7 @@ class Reader:
     """Reads the array's part of a file into memory of the test."""
 
     def __init__(self, size: int) -> None:
-        made: Any = kv_pools._ZerosFile((size,), mx.float32)
+        made: Any = zeros._ZerosFile((size,), mx.float32)
         self.file, self.header = made, made.seek(0, 2) - 4 * size
 
     def into(self, buffer: Any) -> bytes:
@@ -87,7 +89,7 @@ def test_a_page_that_was_touched_is_overwritten(page: int) -> None:
 def test_all_is_written_where_nothing_says_which_pages_are_touched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(kv_pools, "_PAGEMAP", tmp_path / "none")
+    monkeypatch.setattr(zeros, "_PAGEMAP", tmp_path / "none")
     memory = bytearray(b"\xff" * 8 * PAGE)
     assert Reader(2 * PAGE).into(memoryview(memory)) == bytes(8 * PAGE)
     (tmp_path / "none").write_bytes(bytes(8))  # it ends early
@@ -101,6 +103,70 @@ def test_arrays_in_memory_that_mlx_has_used_before() -> None:
         used = [mx.full((64, 1024), float("nan")) for _ in range(16)]
         mx.eval(used)
         del used
-        found = [untouched_zeros((64, 1024), mx.float32) for _ in range(16)]
+        found = [untouched_zeros((64, 1024), mx.float32, Owner()) for _ in range(16)]
         mx.eval(found)
         assert not any(bool(mx.any(array != 0)) for array in found)
+
+
+@only_linux
+def test_what_is_promised_is_not_free() -> None:
+    """Until its memory is given, or nobody holds it any more."""
+    before, free = promised_bytes(), device.available_memory()
+    pools = HeadMajorPools(KVLayout(2, 64, 2, 64, mx.float32), 131072, 16)  # 1 GiB each
+    assert 0 <= (2 << 30) - (promised_bytes() - before) <= 8 * PAGE
+    assert device.available_memory() < free - (1 << 30)
+    memory = np.array(pools.keys.view(mx.uint8), copy=False).ctypes.data
+    ctypes.memset(memory, 1, 64 * PAGE)
+    assert promised_bytes() - before <= (2 << 30) - 60 * PAGE
+    del pools
+    assert promised_bytes() == before
+
+
+@only_linux
+def test_a_system_that_says_nothing_of_pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A sandbox may show zeros for all pages, also for one that was just written."""
+    monkeypatch.setattr(zeros, "_PAGEMAP", tmp_path / "pagemap")
+    monkeypatch.setattr(zeros, "_entries", lambda first, last: np.zeros(last - first, np.uint64))
+    memory = bytearray(b"\xff" * 8 * PAGE)
+    assert Reader(2 * PAGE).into(memoryview(memory)) == bytes(8 * PAGE)
+
+
+@pytest.mark.parametrize("reason", ["no page map", "CUDA"])
+def test_mlx_writes_the_zeros_elsewhere(
+    reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if reason == "CUDA":
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    else:
+        monkeypatch.setattr(zeros, "_PAGEMAP", tmp_path / "none")
+    monkeypatch.setattr(zeros, "_ZerosFile", None)
+    assert mx.array_equal(untouched_zeros((2, 3), mx.float32, Owner()), mx.zeros((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("limit", "current", "inactive", "room"),
+    [
+        ("3000000", "1000000", "500000", 2500000),
+        ("max", "1000000", "500000", None),
+        ("1000000", "2000000", "0", 0),
+        ("3000000", "many", "0", None),
+        ("", "", "", None),
+    ],
+)
+def test_a_containers_limit_bounds_what_is_free(
+    limit: str, current: str, inactive: str, room: int | None,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "promised_bytes", lambda: 0)
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    free = device.available_memory()
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{current}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {inactive}\n")
+    found = device.available_memory()
+    if room is None:
+        assert found > free / 2
+    else:
+        assert found == room
