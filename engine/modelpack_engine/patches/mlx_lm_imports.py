@@ -91,6 +91,7 @@ def utils() -> Any:
             return importlib.import_module(_UTILS)
         sys.modules[_TOKENIZERS] = stand_in = ModuleType(_TOKENIZERS)
         stand_in.__dict__.update(TokenizerWrapper=_Tokenizer, load=_load_tokenizer)
+        stand_in.__dict__["__getattr__"] = _real
         try:
             return importlib.import_module(_UTILS)
         finally:
@@ -99,6 +100,13 @@ def utils() -> Any:
 
 class _Tokenizer:
     """Stands for `TokenizerWrapper` in annotations."""
+
+
+def _real(name: str) -> Any:
+    """Return another name, for a thread that has imported the stand-in meanwhile."""
+    if name.startswith("__"):  # those that imports ask for
+        raise AttributeError(f"module {_TOKENIZERS!r} has no attribute {name!r}")
+    return getattr(_use_tokenizers(), name)
 
 
 def _load_tokenizer(*args: Any, **kwargs: Any) -> Any:

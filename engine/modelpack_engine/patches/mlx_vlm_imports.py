@@ -20,15 +20,16 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.util import LazyLoader
 from types import ModuleType
+from typing import Any
 
 _NAME = "mlx_vlm"
 _PROCESSOR = re.compile(r"mlx_vlm\.models\.\w+\.processing_\w+")
-_lock = threading.Lock()
+_lock, _running = threading.Lock(), threading.RLock()
 _imports: threading.Thread | None = None
+_at_work: list[ModuleType] = []
 
 
 def is_installed() -> bool:
@@ -42,8 +43,10 @@ def prepare() -> None:
     Waits for `import_processors`: transformers puts another module in its place in `sys.modules`,
     and a thread that imports it meanwhile would get the first.
     """
-    if _imports is not None:
-        _imports.join()
+    with _lock:
+        imports = _imports
+    if imports is not None:
+        imports.join()
     with _lock:
         if _NAME in sys.modules:
             return
@@ -67,8 +70,46 @@ def import_processors() -> None:
 
     with _lock:
         if _imports is None:
-            _imports = threading.Thread(target=run, name="modelpack-imports", daemon=True)
-            _imports.start()
+            thread = threading.Thread(target=run, name="modelpack-imports", daemon=True)
+            thread.start()
+            _imports = thread
+
+
+class _Processor(ModuleType):
+    """A module that runs when something in it is used first.
+
+    `importlib.util.LazyLoader` gives a second thread the module before it has run, until Python
+    3.11.9 and 3.12.3.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # those that imports ask for
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        with _running:  # of another thread, until it has run
+            if self not in _at_work and type(self) is _Processor:
+                _at_work.append(self)
+                try:
+                    spec = self.__spec__
+                    assert spec is not None
+                    spec.loader_state.exec_module(self)
+                    module: ModuleType = self
+                    module.__class__ = ModuleType
+                finally:
+                    _at_work.remove(self)
+        try:
+            return self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
+
+
+class _Later(Loader):
+    """Makes a `_Processor`; its loader is the spec's `loader_state`."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Processor(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing yet."""
 
 
 class _Processors(MetaPathFinder):
@@ -81,5 +122,5 @@ class _Processors(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = LazyLoader(spec.loader)
+            spec.loader, spec.loader_state = _Later(), spec.loader
         return spec

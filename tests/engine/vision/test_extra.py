@@ -56,15 +56,22 @@ def test_transformers_is_imported_beside_the_weights() -> None:
         "    from transformers import AutoImageProcessor\n"
         "    return AutoImageProcessor.__name__\n"
         "print(*ThreadPoolExecutor(4).map(use, range(4)))\n"
-        "from mlx_vlm.models.idefics3.processing_idefics3 import Idefics3Processor\n"
-        "print(Idefics3Processor.__name__)"
+        "sys.setswitchinterval(1e-4)\n"
+        "def processor(_):\n"
+        "    from mlx_vlm.models.idefics3.processing_idefics3 import Idefics3Processor\n"
+        "    return Idefics3Processor.__name__\n"
+        "print(*ThreadPoolExecutor(4).map(processor, range(4)))\n"
+        "import mlx_vlm.models.idefics3.processing_idefics3 as module\n"
+        "print(type(module).__name__, hasattr(module, 'nothing'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", f"import modelpack_engine, sys\n{code}"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     names = " ".join(["AutoImageProcessor"] * 4)
-    assert done.stdout.splitlines() == ["False", names, "Idefics3Processor"], done.stderr
+    processors = " ".join(["Idefics3Processor"] * 4)
+    expected = ["False", names, processors, "module False"]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def test_models_without_it_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
