@@ -165,7 +165,7 @@ def main() -> None:
     if sys.argv[2] == "render":
         _renderer()
     elif sys.argv[2] == "media":
-        with suppress(ImportError):  # it may only decode sounds
+        with suppress(Exception):  # it may only decode sounds
             importlib.import_module("PIL.Image")
     while (job := frames.read(source)) is not None:
         _allow_seconds(float(job["seconds"]))

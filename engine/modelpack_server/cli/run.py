@@ -154,9 +154,6 @@ def run(
     from modelpack_server.pool.settings import ModelSettings
     from modelpack_server.repl.chat import Chat, LocalModels, require_chat
 
-    if text:  # while the model is loaded
-        for purpose in ("media", "render") if pictures else ("render",):
-            shared_workers(purpose).start()
     engine = config()
     pull_draft(engine, settings.store(), settings, remote)
 
@@ -177,6 +174,9 @@ def run(
             sources.add_adapter(name, typed, [found])
         if merge and not len(sources.adapters):
             raise UsageError("--merge requires an adapter", hint="give --adapter NAME=REF|DIR")
+        if text:  # while the model is loaded
+            for purpose in {"render", *map(_worker_of, files)}:
+                shared_workers(purpose).start()
         first = load(adapters[0][0] if adapters else found.name)
         chat = Chat(first, **chosen)
         _talk(settings, chat, open_and_load, text, pictures, verbose, models.call)
@@ -213,6 +213,10 @@ def _talk(
 _PICTURES = (".gif", ".jpeg", ".jpg", ".png", ".webp")
 _SOUNDS = (".flac", ".mp3", ".oga", ".ogg", ".wav")
 _VIDEOS = (".m4v", ".mkv", ".mov", ".mp4", ".webm")
+
+
+def _worker_of(file: Path) -> str:
+    return "video" if file.suffix.lower() in _VIDEOS else "media"
 
 
 def _without_files(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
