@@ -17,7 +17,8 @@
 #define PA_COS(x) cosf(x)
 #define PA_SIN(x) sinf(x)
 // A kernel that is launched early (PTX ISA: griddepcontrol) starts once all blocks of the one before have let
-// it, and waits for that kernel's end before it reads what kernels wrote.
+// it, and waits for that kernel's end before it reads what kernels wrote. At least one of its threads must
+// always wait: then its own end implies that of the kernels before, for the kernel after it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define PA_LET_NEXT_START() asm volatile("griddepcontrol.launch_dependents;")
 #define PA_WAIT_FOR_BEFORE() asm volatile("griddepcontrol.wait;" ::: "memory")
