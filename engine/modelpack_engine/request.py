@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 from modelpack_engine.errors import RequestError
 
@@ -142,12 +142,27 @@ class SamplingParams:
                 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaSource:
+    """Decoded content, from which a `MediaProcessor` makes the encoder's inputs again.
+
+    `content` has the pixels of a picture (uint8 [height, width, 3]), the samples of a sound
+    (float32 [samples]) or the frames of a part of a video (uint8 [frames, height, width, 3]), and
+    `numbers` what else the inputs depend on.
+    """
+
+    kind: Literal["picture", "sound", "video"]
+    content: NDArray[Any] = field(repr=False)
+    numbers: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Media:
     """A picture, a sound or a part of a video: the `token_ids` from position `start` stand for it.
 
     `digest` is the SHA-256 of the decoded pixels and of everything else that the encoder's
     `inputs` depend on: equal digests mean equal embeddings. `param` names the picture in errors.
+    With a `source` and no inputs, these are made from it if the encoder has no embeddings.
     With M-RoPE, `grid` has the frames, rows and columns of its tokens. With `frame`, it continues
     the video of the media before it, at that temporal position from the video's first one.
 
@@ -167,6 +182,7 @@ class Media:
     in_windows: bool = False
     until: int = 0
     frame: int | None = None
+    source: MediaSource | None = None
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -179,9 +195,15 @@ class Media:
         return self.start + len(self.token_ids)
 
     @property
+    def lacks_inputs(self) -> bool:
+        """Whether the encoder's inputs have to be made from the source."""
+        return self.source is not None and not self.inputs
+
+    @property
     def nbytes(self) -> int:
-        """The bytes of the encoder's inputs."""
-        return sum(array.nbytes for array in self.inputs.values())
+        """The bytes of the encoder's inputs, and of what they are made from."""
+        source = 0 if self.source is None else self.source.content.nbytes
+        return source + sum(array.nbytes for array in self.inputs.values())
 
 
 @dataclass(frozen=True, slots=True)

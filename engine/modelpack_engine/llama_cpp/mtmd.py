@@ -41,7 +41,8 @@ from modelpack_engine.models.load_budget import LOAD_SECONDS
 from modelpack_engine.platform.device import usable_cores
 from modelpack_engine.request import Media
 from modelpack_engine.vision.models import Encode
-from modelpack_engine.vision.processor import MediaProcessor, Picture, Place
+from modelpack_engine.vision.processor import MediaProcessor, Picture
+from modelpack_engine.vision.processor_cache import Place
 from modelpack_engine.worker import process
 from modelpack_engine.worker.picture import MAX_PIXELS, MAX_RATIO, MAX_SIDE
 from modelpack_engine.worker.process import WorkerDiedError, WorkerProcess, WorkerTimeoutError
@@ -89,7 +90,7 @@ class MtmdProcessor(MediaProcessor):
         self._reset()
         noise = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), np.uint8)
         try:
-            made = [self._encoded(Picture(each), 0)[1] for each in noise]
+            made = [self._encoded(Picture(each))[1] for each in noise]
         except EngineError as error:
             self.close()
             raise ModelLoadError(f"the projector cannot be run by llama.cpp: {error}") from error
@@ -137,7 +138,7 @@ class MtmdProcessor(MediaProcessor):
         height, width, _ = picture.pixels.shape
         with self._turn(picture.param, place.owner):
             try:
-                return self._encoded(picture, place.start)
+                return self._encoded(picture)
             except EngineError as error:
                 self._check(picture.param)  # the process may have been killed
                 _log.warning("a picture cannot be encoded: %s", error)
@@ -179,8 +180,8 @@ class MtmdProcessor(MediaProcessor):
         if _cancellation().is_set:
             raise RequestError(f"{param}: the request was cancelled", param=param)
 
-    def _encoded(self, picture: Picture, first: int) -> tuple[list[int], list[Media]]:
-        """Return the tokens of a picture from position `first` on, and its embeddings."""
+    def _encoded(self, picture: Picture) -> tuple[list[int], list[Media]]:
+        """Return the tokens of a picture from position 0 on, and its embeddings."""
         answer = self._answer(picture)
         rows = np.frombuffer(answer["raw"], np.float32).reshape(-1, self._opened["width"])
         tokens: list[int] = []
@@ -193,7 +194,7 @@ class MtmdProcessor(MediaProcessor):
             unread = (self._opened["vocab_size"] - 1,) * part  # the embeddings replace it
             spans = ((0, part),) if self._opened["span"] else ()
             inputs = {"rows": rows[:part]}
-            start = first + len(tokens)
+            start = len(tokens)
             media.append(Media(start, unread, digest, inputs, picture.param, bidirectional=spans))
             tokens += unread
             rows = rows[part:]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Parts
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
+from operator import attrgetter
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +47,8 @@ _MAX_CANDIDATES = 1024
 #: The most that embeddings may change if files are encoded together, as a part of what two files
 #: differ by: sums in 16 bits change with the shapes of matrices.
 _TOLERANCE = 0.1
+#: Seconds that a step in which no sequence decodes waits for the inputs of a picture.
+_PROCESS_SECONDS = 0.01
 #: What a tower encodes, by the name of the input that has its content.
 _KINDS = {"pixel_values": "picture", "input_features": "sound", "pixel_values_videos": "video"}
 
@@ -57,6 +61,8 @@ _FAILURES = (
 
 #: An owner, and the digest of a picture.
 Key = tuple[bytes, bytes]
+#: The inputs of a tower, by name.
+Inputs = Mapping[str, NDArray[Any]]
 
 
 class HostCache:
@@ -126,6 +132,9 @@ class VisionEncoder:
     most about half of the cache. If the call fails, each file gets a call of its own, so that a bad
     one fails its request alone.
 
+    `inputs` makes the inputs of media that lack them (`MediaProcessor.inputs`), in a thread, as it
+    takes as long as the tower: sequences in other steps do not wait for it.
+
     `hidden` are tokens that the language model must not see, and the one that it sees instead.
 
     Layers with cross-attention (`crossing`) read the keys and values of a picture in every step of
@@ -143,6 +152,7 @@ class VisionEncoder:
         picture_bytes: int = 0,
         host_bytes: int = 0,
         batched: Collection[str] = (),
+        inputs: Callable[[Media], Inputs] = attrgetter("inputs"),
     ) -> None:
         self._crossing, self._picture_bytes = crossing, picture_bytes
         self._users: dict[Key, weakref.WeakSet[Media]] = {}
@@ -156,6 +166,11 @@ class VisionEncoder:
         self._ahead: set[Key] = set()  # encoded, and not needed by a step yet
         self._single = weakref.WeakSet[Media]()  # not to be encoded together with others
         self._failures: list[tuple[Sequence, RequestError]] = []
+        self._inputs = inputs
+        self._threads = ThreadPoolExecutor(1, "modelpack-media")  # starts it with the first call
+        #: The inputs of one picture, made or being made.
+        self._processing = weakref.WeakKeyDictionary[Media, Future[Inputs]]()
+        self._patience = _PROCESS_SECONDS
         #: Pictures whose embeddings were in the cache, and those that were computed.
         self.hits = self.misses = 0
 
@@ -188,7 +203,7 @@ class VisionEncoder:
         """Forget what the step before needed; move what it evicted to the host."""
         self._host.collect()
         self._step.clear()
-        self._num_encoded = 0
+        self._num_encoded, self._patience = 0, _PROCESS_SECONDS
 
     def end_step(self) -> None:
         """Release what the step needed: its graph refers to it until the device has run it."""
@@ -218,6 +233,8 @@ class VisionEncoder:
                 return False
             if media.until and (self._num_encoded or not alone) and not self._has_room():
                 return False
+            if not self._has_inputs(key, media, alone=alone):
+                return False
             self._num_encoded += 1
         if media.until:
             self._users.setdefault(key, weakref.WeakSet()).add(media)
@@ -228,6 +245,27 @@ class VisionEncoder:
             self._users.pop(key, None)
             return False
         return True
+
+    def _has_inputs(self, key: Key, media: Media, *, alone: bool) -> bool:
+        """Return whether a picture that is not on the device has inputs, which a thread makes."""
+        if not media.lacks_inputs or key in self._host:
+            return True
+        making = self._processing
+        if media not in making and all(each.done() for each in making.values()):
+            making.clear()  # inputs are large, and those of a preempted sequence may wait for this
+            making[media] = self._threads.submit(self._inputs, media)
+        if alone:  # there may be no step without it, but requests that arrive do not wait for it
+            wait(making.values(), self._patience)
+            self._patience = 0.0
+        return media in making and making[media].done()
+
+    def _processed(self, media: Media) -> Media:
+        """Return media with inputs; raises `RequestError` if they cannot be made."""
+        if not media.lacks_inputs:
+            return media
+        making = self._processing.pop(media, None)
+        inputs = self._inputs(media) if making is None else making.result()
+        return replace(media, inputs=inputs, source=None)
 
     def _has_room(self) -> bool:
         """Return whether another picture fits beside those of unfinished requests."""
@@ -259,6 +297,7 @@ class VisionEncoder:
             self.hits += 1
             self._keep(key, found)
             return found
+        media = self._processed(media)
         what = _KINDS[_content(media)]
         batch = self._batch(key, media, waiting)
         if len(batch) > 1:
@@ -488,7 +527,7 @@ def open_vision(
     processor.max_pictures = most // size if size else 0
     encoder = VisionEncoder(
         model, most, hidden=processor.hidden, crossing=crossing, picture_bytes=size,
-        host_bytes=host_limit(), batched=batched,
+        host_bytes=host_limit(), batched=batched, inputs=processor.inputs,
     )  # fmt: skip
     return Vision(processor, encoder)
 

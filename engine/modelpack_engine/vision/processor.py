@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.errors import RETRY_AFTER, ModelLoadError, QueueFullError, RequestError
 from modelpack_engine.patches.mlx_vlm_imports import prepare
-from modelpack_engine.request import Media
+from modelpack_engine.request import Media, MediaSource
 from modelpack_engine.vision.layouts import (
     LAYOUTS,
     MAX_SIDE,
@@ -44,6 +44,7 @@ from modelpack_engine.vision.models import (
     VisionClass,
     sees_ahead_in_windows,
 )
+from modelpack_engine.vision.processor_cache import FileKey, Place, PlacedFile, ProcessorCache
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
 from modelpack_engine.vision.videos import Video, VideoProcessor
 
@@ -56,6 +57,8 @@ _INPUTS = (
     "image_position_ids", "images_spatial_crop", "spatial_shapes", "tgt_sizes",
     "aspect_ratio_ids", "aspect_ratio_mask", "image_input_idx", "image_masks",
 )  # fmt: skip
+#: What image processors raise for pictures that they cannot process.
+_FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: Fields of an image processor with a number of tiles of a picture.
 _TILES = ("max_patches", "max_tiles", "max_image_tiles", "max_slice_nums")
 #: Fields of config.json with the id of the token of pictures.
@@ -65,6 +68,8 @@ _TOKEN_IDS = ("image_token_id", "image_token_index", "media_placeholder_token_id
 MAX_PREFIX = 512
 #: Kinds without M-RoPE whose image processors limit the number of pixels.
 _IN_PIXELS = ("dots_ocr", "mage_vl")
+#: Kinds whose image processors take the number of pictures.
+_COUNTED = ("deepseek_vl_v2",)
 #: Kinds whose image processors take a list of the pictures of each prompt.
 _NESTED = ("idefics2", "idefics3", "mllama", "smolvlm")
 
@@ -81,6 +86,19 @@ class Picture:
         found = hashlib.sha256(repr(self.pixels.shape).encode())
         found.update(np.ascontiguousarray(self.pixels).data)
         return found.digest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaFile:
+    """A file of a request that `decode` reads, unless what its prompt needs is in the cache.
+
+    `kind` is what `decode` returns, `key` says whose file it is and what is in it.
+    """
+
+    kind: type[Picture | Sound | Video]
+    key: FileKey
+    param: str
+    decode: Callable[[], Picture | Sound | Video]
 
 
 class InputMemory:
@@ -121,22 +139,6 @@ class InputMemory:
             self.nbytes -= nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a picture goes: the position of its first token, and its index among `count` files.
-
-    `owner` has sent the request, empty if it is not known. `before` is the last token of a picture
-    right before it. Layers with cross-attention see it up to the placeholder at `until`.
-    """
-
-    start: int
-    index: int
-    count: int
-    before: int | None
-    until: int
-    owner: bytes
-
-
 class MediaProcessor(ABC):
     """Places pictures, and what else a model reads, in its prompts. Any thread may use it.
 
@@ -150,7 +152,7 @@ class MediaProcessor(ABC):
     is_marker = encodes = False
 
     def __init__(self) -> None:
-        self.memory = InputMemory()
+        self.memory, self.cache = InputMemory(), ProcessorCache()
         #: The most pictures of a prompt, 0 for any number.
         self.max_pictures = 0
         #: What reads sounds, if the model does; `no_sounds` says why not, if its files should.
@@ -169,7 +171,19 @@ class MediaProcessor(ABC):
 
     @abstractmethod
     def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
-        """Return the tokens of a picture, and the parts of them that embeddings replace."""
+        """Return the tokens of a picture, and the parts of them that embeddings replace.
+
+        Their positions count from the picture's first token.
+        """
+
+    def _known(self, place: Place) -> Place:
+        """Return a place with the fields that `_picture` reads, and defaults for others."""
+        return Place(owner=place.owner)
+
+    @property
+    def cross(self) -> bool:
+        """Whether layers attend to pictures outside of the KV cache."""
+        return False
 
     def _joined(self, placed: list[int], media: list[Media]) -> list[Media]:
         """Return the media of a whole prompt."""
@@ -188,12 +202,13 @@ class MediaProcessor(ABC):
     def place(
         self,
         token_ids: Sequence[int],
-        files: Collection[Picture | Sound | Video],
+        files: Collection[Picture | Sound | Video | MediaFile],
         check_room: Callable[[int], None] = lambda _: None,
         owner: bytes = b"",
     ) -> tuple[list[int], tuple[Media, ...]]:
         """Return a prompt of `owner` with the tokens of each file in place of its placeholder.
 
+        A `MediaFile` is decoded and processed unless the cache has what the prompt needs.
         Before each file, `check_room` is called with the tokens that the prompt has at least.
         Raises `RequestError` unless the prompt has one placeholder for each file, and if a file
         cannot be processed; `QueueFullError` if those of all requests are too large.
@@ -232,35 +247,83 @@ class MediaProcessor(ABC):
                 continue
             check_room(len(placed) + len(token_ids) - position)
             file = next(left)
-            if not isinstance(file, kind):
+            if (file.kind if isinstance(file, MediaFile) else type(file)) is not kind:
                 raise RequestError(
                     f"{file.param}: the prompt has the placeholder of another kind of file here",
                     param=file.param,
                 )
-            if isinstance(file, Video):
+            place, until = Place(), 0
+            if kind is Video:
                 assert self.videos is not None
-                after = self.videos.unwrapped(placed, token_ids[position + 1 :])
-                position += after
-                rest = len(token_ids) - position - 1
-                check_room(len(placed) + self.videos.num_tokens(file) + rest)
-                tokens_of, parts = self.videos.place(file, len(placed))
-            else:
-                if isinstance(file, Sound):
-                    assert self.sounds is not None
-                    made = self.sounds.media(file, len(placed))
-                    tokens_of, parts = list(made.token_ids), [made]
-                else:
-                    shared = placed[-1] if media and media[-1].stop == len(placed) else None
-                    until = _end(token_ids, position)
-                    place = Place(len(placed), len(media), len(files), shared, until, owner)
-                    tokens_of, parts = self._picture(file, place)
-            for part in parts:
+                position += self.videos.unwrapped(placed, token_ids[position + 1 :])
+            elif kind is Picture:
+                shared = placed[-1] if media and media[-1].stop == len(placed) else None
+                place = self._known(Place(len(media), len(files), shared, owner))
+                until = _end(token_ids, position) if self.cross else 0
+            others = len(placed) + len(token_ids) - position - 1
+            made = self._placed_file(file, place, others, check_room)
+            for each in made.media:
+                part = replace(
+                    each, start=len(placed) + each.start, param=file.param, until=until,
+                    source=each.source if each.lacks_inputs else None,
+                )  # fmt: skip
                 self.memory.add(part, nbytes)
                 nbytes += part.nbytes
-            media += parts
-            placed += tokens_of
+                media.append(part)
+            placed += made.token_ids
             position += 1
         return placed, tuple(self._joined(placed, media))
+
+    def _placed_file(
+        self,
+        file: Picture | Sound | Video | MediaFile,
+        place: Place,
+        others: int,
+        check_room: Callable[[int], None],
+    ) -> PlacedFile:
+        """Return the tokens of a file beside so many `others`, from the cache or by a processor."""
+        if isinstance(file, MediaFile):
+            found = self.cache.find(file.key, place)
+            if found is None:
+                found = self._placed_file(file.decode(), place, others, check_room)
+                self.cache.keep(file.key, found)
+            return found
+        if isinstance(file, Video):
+            assert self.videos is not None
+            check_room(others + self.videos.num_tokens(file))
+            tokens, media = self.videos.place(file)
+        elif isinstance(file, Sound):
+            assert self.sounds is not None
+            media = [self.sounds.media(file)]
+            tokens = list(media[0].token_ids)
+        else:
+            tokens, media = self._picture(file, place)
+        return PlacedFile(tuple(tokens), tuple(media), place)
+
+    def inputs(self, media: Media) -> Mapping[str, NDArray[Any]]:
+        """Return the encoder's inputs of media, made from its source if it lacks them.
+
+        Raises `RequestError` if they cannot be made.
+        """
+        source = media.source
+        if source is None or media.inputs:
+            return media.inputs
+        try:
+            if source.kind == "picture":
+                return self._inputs(source)
+            if source.kind == "sound":
+                assert self.sounds is not None
+                return self.sounds.inputs(source.content)
+            assert self.videos is not None
+            return self.videos.inputs(source)
+        except (*_FAILURES, MemoryError) as error:
+            raise RequestError(
+                f"{media.param}: the {source.kind} cannot be processed: {error}", param=media.param
+            ) from error
+
+    def _inputs(self, source: MediaSource) -> Mapping[str, NDArray[Any]]:
+        """Return the encoder's inputs of a picture whose media has a source."""
+        raise NotImplementedError
 
 
 class PictureProcessor(MediaProcessor):
@@ -315,9 +378,8 @@ class PictureProcessor(MediaProcessor):
 
     def _prompt(self, placed: list[int], media: list[Media]) -> Media:
         """Return a whole prompt as one picture, as all its tokens attend to each other."""
-        inputs = {
-            name: np.concatenate([each.inputs[name] for each in media]) for name in media[0].inputs
-        }
+        found = [self.inputs(each) for each in media]
+        inputs = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
         digest = hashlib.sha256(b"".join(each.digest for each in media))
         digest.update(np.array(placed, np.int32).tobytes())
         param, spans = media[0].param, ((0, len(placed)),) if self.largest_span else ()
@@ -328,37 +390,25 @@ class PictureProcessor(MediaProcessor):
 
     def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
         made = self._media(picture, place)
-        if self._needs.cross:
-            made = replace(made, until=place.until)
         return list(made.token_ids), [made]
 
-    def _media(self, picture: Picture, place: Place) -> Media:
-        """Return the tokens and inputs of a picture."""
-        from PIL import Image
+    def _known(self, place: Place) -> Place:
+        return Place(
+            place.index if self._kind in LAYOUTS else 0,
+            place.count if self._kind in _COUNTED else 1,
+            place.before if self._needs.joins else None,
+        )
 
-        images: list[Any] = [Image.fromarray(picture.pixels)]
-        options: dict[str, Any] = {}
-        if self._kind in _NESTED:
-            images = [images]
-        if self._is_tiled:
-            options["return_row_col_info"] = True
-        elif self._needs.in_rows:
-            options["patch_size"] = {"height": self._token_side, "width": self._token_side}
-        if self._kind in PROCESSORS:
-            options["count"] = place.count
+    def _media(self, picture: Picture, place: Place) -> Media:
+        """Return the tokens and inputs of a picture at position 0."""
+        source = MediaSource("picture", picture.pixels, (place.index, place.count))
         try:
-            made = {
-                **self._image_processor(images, return_tensors="np", **options),
-                "index": place.index,
-            }
-            inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
-            if (places := inputs.get("image_position_ids")) is not None:  # without padding
-                kept = int((places[0, :, 0] >= 0).sum())
-                inputs = {name: array[:, :kept].copy() for name, array in inputs.items()}
+            made = self._processed(source)
+            inputs = _encoder_inputs(made)
             tokens = self._encode(self._text(made, inputs["pixel_values"]))
             if self._needs.joins and tokens[:1] == [place.before]:
                 tokens = tokens[1:]
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except _FAILURES as error:
             height, width = picture.pixels.shape[:2]
             raise RequestError(
                 f"{picture.param}: the picture of {width} x {height} pixels cannot be processed:"
@@ -374,7 +424,7 @@ class PictureProcessor(MediaProcessor):
         digest = hashlib.sha256(self._settings_digest + known + picture.digest()).digest()
         spans = ((1, len(tokens) - 1),) if self.largest_span else ()  # `_prompt` has its own
         return Media(
-            place.start,
+            0,
             tuple(tokens),
             digest,
             inputs,
@@ -382,7 +432,29 @@ class PictureProcessor(MediaProcessor):
             grid,
             spans,
             in_windows=self._kind.startswith("gemma4"),
+            source=source,
         )
+
+    def _inputs(self, source: MediaSource) -> Mapping[str, NDArray[Any]]:
+        return _encoder_inputs(self._processed(source))
+
+    def _processed(self, source: MediaSource) -> dict[str, Any]:
+        """Return what the image processor makes of a picture, and its index in the prompt."""
+        from PIL import Image
+
+        index, count = source.numbers
+        images: list[Any] = [Image.fromarray(source.content)]
+        options: dict[str, Any] = {}
+        if self._kind in _NESTED:
+            images = [images]
+        if self._is_tiled:
+            options["return_row_col_info"] = True
+        elif self._needs.in_rows:
+            options["patch_size"] = {"height": self._token_side, "width": self._token_side}
+        if self._kind in _COUNTED:
+            options["count"] = count
+        made = self._image_processor(images, return_tensors="np", **options)
+        return {**made, "index": index}
 
     @property
     def mrope(self) -> bool:
@@ -473,6 +545,15 @@ class PictureProcessor(MediaProcessor):
         """The SHA-256 of everything but the picture on which the encoder's inputs depend."""
         settings = self._image_processor.to_dict()
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).digest()
+
+
+def _encoder_inputs(made: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return the encoder's inputs among what an image processor made."""
+    inputs = {name: np.asarray(made[name]) for name in _INPUTS if name in made}
+    if (places := inputs.get("image_position_ids")) is not None:  # without padding
+        kept = int((places[0, :, 0] >= 0).sum())
+        inputs = {name: array[:, :kept].copy() for name, array in inputs.items()}
+    return inputs
 
 
 def _end(token_ids: Sequence[int], position: int) -> int:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from modelpack.formats.config_json import without_speech
 from modelpack_engine.errors import ModelLoadError, RequestError
-from modelpack_engine.request import Media
+from modelpack_engine.request import Media, MediaSource
 from modelpack_engine.vision.models import (
     GEMMA3N_AUDIO,
     GEMMA4_AUDIO,
@@ -183,16 +183,14 @@ class SoundProcessor:
         around = self._needs.around
         return text.replace(self.token, f"{around}{self.token}{around}") if around else text
 
-    def media(self, sound: Sound, start: int) -> Media:
-        """Return the tokens and inputs of a sound at position `start`; raises `RequestError`."""
+    def media(self, sound: Sound) -> Media:
+        """Return the tokens and inputs of a sound at position 0; raises `RequestError`."""
         needs = self._needs
         try:
             if len(sound.samples) < getattr(self._extractor, "hop_length", 1):
                 raise ValueError("it is too short")
-            made = self._extractor([sound.samples], sampling_rate=self.rate, **needs.options)
-            features = np.asarray(made["input_features"][0], np.float32)[None]
-            mask = np.asarray(made[needs.mask][0], np.bool_)[None]
-            count = needs.count(mask[0])
+            inputs = self.inputs(sound.samples)
+            count = needs.count(inputs["input_features_mask"][0])
             if not count:
                 raise ValueError("it is too short")
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -203,15 +201,24 @@ class SoundProcessor:
             ) from error
         tokens = self._encode(f"{needs.begins}{needs.soft * count}{needs.ends}")
         digest = hashlib.sha256(self._settings_digest + sound.digest()).digest()
-        inputs = {"input_features": features, "input_features_mask": mask}
         return Media(
-            start,
+            0,
             tuple(tokens),
             digest,
             inputs,
             sound.param,
             in_windows=self._kind.startswith("gemma4"),
+            source=MediaSource("sound", sound.samples),
         )
+
+    def inputs(self, samples: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+        """Return the encoder's inputs of a sound: features [1, frames, width] and their mask."""
+        needs = self._needs
+        made = self._extractor([samples], sampling_rate=self.rate, **needs.options)
+        return {
+            "input_features": np.asarray(made["input_features"][0], np.float32)[None],
+            "input_features_mask": np.asarray(made[needs.mask][0], np.bool_)[None],
+        }
 
     @cached_property
     def _settings_digest(self) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.request import Media
+from modelpack_engine.request import Media, MediaSource
 from modelpack_engine.vision.models import CLASSES, Encode, sees_ahead_in_windows
 from modelpack_engine.worker.video import MAX_FRAMES, MAX_SAMPLED_PIXELS, Sampling
 
@@ -388,8 +388,8 @@ class VideoProcessor:
         placed.pop()
         return 1
 
-    def place(self, video: Video, start: int) -> tuple[list[int], list[Media]]:
-        """Return the tokens of a video from position `start` on, and its groups of frames."""
+    def place(self, video: Video) -> tuple[list[int], list[Media]]:
+        """Return the tokens of a video from position 0 on, and its groups of frames."""
         groups, height, width = self._grid(video)
         frames, size, stamp = video.frames, self._layout.group, self._needs.stamp
         missing = -len(frames) % size
@@ -414,23 +414,29 @@ class VideoProcessor:
             known = json.dumps([list(shown.shape), frame, count, number]).encode()
             digest = hashlib.sha256(self._layout.digest + known)
             digest.update(np.ascontiguousarray(shown).data)
+            source = MediaSource("video", shown, (number,))
             media.append(
                 Media(
-                    start + len(placed),
+                    len(placed),
                     soft,
                     digest.digest(),
-                    self._layout.inputs(shown, number),
+                    self.inputs(source),
                     video.param,
                     (1, height, width) if self._mrope else None,
                     ((0, len(soft)),) if self.bidirectional else (),
                     in_windows=self.bidirectional,
                     frame=frame,
+                    source=source,
                 )
             )
             placed += soft
             if stamp is not None:
                 placed.append(self._end_id)
         return placed, media
+
+    def inputs(self, group: MediaSource) -> dict[str, NDArray[Any]]:
+        """Return the encoder's inputs of a group of frames."""
+        return self._layout.inputs(group.content, *group.numbers)
 
     def _grid(self, video: Video) -> tuple[int, int, int]:
         """Return the groups of frames, and the rows and columns of tokens of each."""

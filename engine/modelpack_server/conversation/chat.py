@@ -16,7 +16,7 @@ from modelpack_engine.worker.threads import in_thread, prepare
 from modelpack_server.conversation.logprobs import TextLogprobs
 from modelpack_server.conversation.masks import make_masks
 from modelpack_server.conversation.pictures import (
-    MediaFile,
+    SentFile,
     place_pictures,
     shows_parts,
     take_pictures,
@@ -311,7 +311,7 @@ async def _prepared(model: ServedModel, spec: ChatSpec) -> tuple[str, list[int],
     model.check_texts(size)
     model.check_room(len(spec.earlier), param="context")
     messages: Sequence[dict[str, Any]] = model.preface.before(spec.messages)
-    files: list[MediaFile] = []
+    files: list[SentFile] = []
     processor = model.pictures
     if processor is not None and any(isinstance(m.get("content"), list) for m in messages):
         messages = await in_thread(with_pages, model, messages)

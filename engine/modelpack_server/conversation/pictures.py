@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import importlib.util
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -43,7 +45,7 @@ from modelpack_server.conversation.videos import (
 
 if TYPE_CHECKING:
     from modelpack_engine.request import Media
-    from modelpack_engine.vision.processor import Picture
+    from modelpack_engine.vision.processor import MediaFile, Picture
     from modelpack_engine.vision.sounds import Sound, SoundProcessor
     from modelpack_engine.vision.videos import Video, VideoProcessor
 
@@ -345,29 +347,30 @@ def picture_reader(model: ServedModel) -> PictureReader | None:
 
 
 #: A file as a client sent it, or the URL of one.
-MediaFile = PictureFile | PictureUrl | SoundFile | VideoFile | VideoUrl
+SentFile = PictureFile | PictureUrl | SoundFile | VideoFile | VideoUrl
 
 
 class PictureFiles:
-    """The files of a request; iterating decodes one at a time, in a worker process.
+    """The files of a request, which are decoded one at a time, in a worker process.
 
     Few workers decode, and requests of one `owner` take one of them. Unless `frees`, it stays
     reserved until the caller asks for the next picture, because decoded ones take up to 100 MB.
     Leaving the context frees it. Pictures in URLs are fetched one at a time, before a worker is
-    reserved.
+    reserved. A file that the caller does not decode reserves none.
     """
 
     def __init__(
         self,
-        files: Sequence[MediaFile],
+        files: Sequence[SentFile],
         owner: bytes = b"",
         sounds: SoundProcessor | None = None,
         videos: VideoProcessor | None = None,
         *,
         frees: bool = False,
     ) -> None:
-        self._frees = frees
+        self._frees, self._left = frees, MAX_SECONDS_ALL
         self._files, self._sounds, self._videos = files, sounds, videos
+        self._owner, self._hashed = owner, (b"", b"")
         self._key = owner.hex() or f"request {id(self)}"
         self._reserved = ExitStack()
 
@@ -380,32 +383,50 @@ class PictureFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __iter__(self) -> Iterator[Picture | Sound | Video]:
-        left = MAX_SECONDS_ALL
+    def __iter__(self) -> Iterator[MediaFile]:
         for source in self._files:
             self._reserved.close()
-            self._check_time(left, source.param)
+            self._check_time(self._left, source.param)
             began = time.monotonic()
             file: PictureFile | SoundFile | VideoFile
             if isinstance(source, SoundFile):
                 file = source
             else:
-                opened: AbstractContextManager[Any] = source.opened(self._key, left)
+                opened: AbstractContextManager[Any] = source.opened(self._key, self._left)
                 file = self._reserved.enter_context(opened)
-            left -= time.monotonic() - began
-            try:
-                purpose = "video" if isinstance(file, VideoFile) else "media"
-                reserved = shared_workers(purpose).reserved(self._key)
-                run = self._reserved.enter_context(reserved)
-            except JobFailedError as error:  # the request was cancelled
-                raise RequestError(f"{file.param}: {error}", param=file.param) from None
-            self._check_time(left, source.param)
-            began = time.monotonic()
-            decoded = self._decoded(file, run, left)
-            left -= time.monotonic() - began
-            if self._frees:
-                self._reserved.close()
-            yield decoded
+            self._left -= time.monotonic() - began
+            yield self._media_file(file)
+
+    def _media_file(self, file: PictureFile | SoundFile | VideoFile) -> MediaFile:
+        """Return a file that `decode` reads before the next one is asked for."""
+        from modelpack_engine.vision.processor import MediaFile, Picture
+        from modelpack_engine.vision.sounds import Sound
+        from modelpack_engine.vision.videos import Video
+
+        if file.data is not self._hashed[0]:  # the pages of a document have the same data
+            self._hashed = file.data, hashlib.sha256(file.data).digest()
+        kind: type[Picture | Sound | Video] = Sound if isinstance(file, SoundFile) else Video
+        settings = ""
+        if isinstance(file, PictureFile):
+            kind, settings = Picture, f"{file.page} {file.max_side}"
+        digest = hashlib.sha256(self._hashed[1] + f"{kind.__name__} {settings}".encode()).digest()
+        return MediaFile(kind, (self._owner, digest), file.param, partial(self._read, file))
+
+    def _read(self, file: PictureFile | SoundFile | VideoFile) -> Picture | Sound | Video:
+        """Return a decoded file; raises `RequestError`."""
+        try:
+            purpose = "video" if isinstance(file, VideoFile) else "media"
+            reserved = shared_workers(purpose).reserved(self._key)
+            run = self._reserved.enter_context(reserved)
+        except JobFailedError as error:  # the request was cancelled
+            raise RequestError(f"{file.param}: {error}", param=file.param) from None
+        self._check_time(self._left, file.param)
+        began = time.monotonic()
+        decoded = self._decoded(file, run, self._left)
+        self._left -= time.monotonic() - began
+        if self._frees:
+            self._reserved.close()
+        return decoded
 
     def _decoded(
         self, file: PictureFile | SoundFile | VideoFile, run: Job, left: float
@@ -509,14 +530,14 @@ def take_pictures(
     picture: str | None = None,
     sound: str | None = None,
     video: str | None = None,
-) -> tuple[list[dict[str, Any]], list[MediaFile]]:
+) -> tuple[list[dict[str, Any]], list[SentFile]]:
     """Return messages without the files of their pictures, sounds and videos, and these in order.
 
     With a `placeholder`, the content of each message becomes text with it in the pictures' places:
     for templates that show text only. `sound` and `video` are the texts in the places of those, for
     templates that do not show them, and `picture` that for templates that show another placeholder.
     """
-    found: list[MediaFile] = []
+    found: list[SentFile] = []
     changed = []
     for message in messages:
         turn = dict(message)
@@ -549,7 +570,7 @@ def shows_parts(chat_template: str | None, kind: str) -> bool:
 
 
 def place_pictures(
-    model: ServedModel, token_ids: list[int], files: Sequence[MediaFile]
+    model: ServedModel, token_ids: list[int], files: Sequence[SentFile]
 ) -> tuple[list[int], tuple[Media, ...]]:
     """Return a prompt with its pictures, sounds and videos in place. Call it in a thread.
 

@@ -49,6 +49,7 @@ from modelpack_engine.process_engine import ProcessEngine
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.vision.processor import Picture
+from modelpack_engine.vision.processor_cache import ProcessorCache
 from modelpack_engine.worker import process
 from modelpack_engine.worker.process import WorkerTimeoutError
 from modelpack_engine.worker.threads import Cancellation, current_cancellation
@@ -451,13 +452,40 @@ def test_no_worker_is_reserved_while_a_picture_is_encoded(
         return answer(picture)
 
     monkeypatch.setattr(processor, "_answer", watched)
-    file = PictureFile(file_of(Picture(DIGIT.pixels)), "here")
+    files = [PictureFile(file_of(Picture(each.pixels)), "here") for each in (DIGIT, SHAPE)]
     context = copy_context()
     context.run(request_context.set, RequestContext(b"owner"))
-    _, media = context.run(place_pictures, Mock(pictures=processor), [-1, -1], [file, file])
+    _, media = context.run(place_pictures, Mock(pictures=processor), [-1, -1], files)
     assert media
     assert not busy
     assert owners == [b"owner"] * 2
+
+
+def test_a_second_question_about_a_file_encodes_nothing(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, encoded = processor_of(engine), list[Picture]()
+    answer = processor._answer
+
+    def counted(picture: Picture) -> dict[str, Any]:
+        encoded.append(picture)
+        return answer(picture)
+
+    monkeypatch.setattr(processor, "_answer", counted)
+    monkeypatch.setattr(processor, "cache", ProcessorCache())  # without files of other tests
+    files = [PictureFile(file_of(Picture(each.pixels)), "here") for each in (DIGIT, SHAPE)]
+    found = [
+        place_pictures(Mock(pictures=processor), [5, -1, 6, -1], [files[first], files[1 - first]])
+        for first in (0, 1)
+    ]
+    assert len(encoded) == 2
+    [one, two] = ({each.digest: each.inputs["rows"] for each in media} for _, media in found)
+    assert one.keys() == two.keys()
+    assert len({rows.tobytes() for rows in one.values()}) > 1
+    for digest, rows in one.items():
+        assert np.array_equal(rows, two[digest])
+    for ids, media in found:
+        assert all(tuple(ids[each.start : each.stop]) == each.token_ids for each in media)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")

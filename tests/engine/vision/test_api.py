@@ -125,12 +125,12 @@ def test_low_detail(llava: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         return digest(self)
 
     monkeypatch.setattr(Picture, "digest", spied)
-    large = url(file_of(picture(3, 600, 900)))
-    for detail in ("low", "high", "auto", 7):
-        part = {"type": "image_url", "image_url": {"url": large, "detail": detail}}
+    large = [file_of(picture(seed, 600, 900)) for seed in range(6)]  # none is kept
+    for detail, file in zip(("low", "high", "auto", 7), large, strict=False):
+        part = {"type": "image_url", "image_url": {"url": url(file), "detail": detail}}
         assert llava.chat([part, QUESTION]).status_code == 200
-    assert llava.chat([{"type": "image_url", "image_url": large}, QUESTION]).status_code == 200
-    given = [asked(file_of(picture(3, 600, 900)), detail="low")]
+    assert llava.chat([{"type": "image_url", "image_url": url(large[4])}, QUESTION]).is_success
+    given = [asked(large[5], detail="low")]
     answer = llava.http.post("/v1/responses", json={"model": "tiny", "input": given})
     assert answer.status_code == 200
     assert shapes == [(341, 512), *[(600, 900)] * 4, (341, 512)]

@@ -122,7 +122,7 @@ def pages_of(data: bytes, *others: dict[str, Any]) -> list[Picture]:
     parts = [*others, reader.document(base64.b64encode(data).decode(), "here")]
     [message] = with_pages(_Model(), [{"role": "user", "content": parts}])  # type: ignore[arg-type]
     with PictureFiles([part["picture"] for part in message["content"]]) as files:
-        return list(files)
+        return [each.decode() for each in files]
 
 
 class _Model:

@@ -137,7 +137,7 @@ def test_every_embedding_of_qwen3_omni_has_a_token(count: int) -> None:
     assert vision is not None
     assert vision.processor.sounds is not None
     samples = np.random.default_rng(count).normal(0, 0.1, count).astype(np.float32)
-    media = vision.processor.sounds.media(Sound(samples), 0)
+    media = vision.processor.sounds.media(Sound(samples))
     made = vision.encoder.embeddings(media)
     assert len(made) == len(media.token_ids)
     assert abs(len(media.token_ids) - count / 16_000 * 13) < 1.5
@@ -150,7 +150,7 @@ def test_every_embedding_has_a_token(count: int) -> None:
     assert vision is not None
     assert vision.processor.sounds is not None
     samples = np.random.default_rng(count).normal(0, 0.1, count).astype(np.float32)
-    media = vision.processor.sounds.media(Sound(samples), 0)
+    media = vision.processor.sounds.media(Sound(samples))
     model: Any = vision.encoder._model
     features, mask = (mx.array(media.inputs[f"input_features{end}"]) for end in ("", "_mask"))
     rows, padding = model.audio_tower(features, ~mask)

@@ -46,14 +46,14 @@ def heard(vision: Vision, *counts: int) -> list[Media]:
     assert vision.processor.sounds is not None
     random = np.random.default_rng(0)
     samples = [random.normal(0, 0.1, count).astype(np.float32) for count in counts]
-    return [vision.processor.sounds.media(Sound(each), 0) for each in samples]
+    return [vision.processor.sounds.media(Sound(each)) for each in samples]
 
 
 def watched(vision: Vision, kind: str, *files: Video) -> list[Media]:
     """Return the groups of frames of videos."""
     assert vision.processor.videos is not None
     videos: Any = watching.fitted(kind, [*files])
-    return [each for shown in videos for each in vision.processor.videos.place(shown, 0)[1]]
+    return [each for shown in videos for each in vision.processor.videos.place(shown)[1]]
 
 
 def joined(media: list[Media]) -> Iterator[list[Media]]:

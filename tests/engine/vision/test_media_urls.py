@@ -547,7 +547,7 @@ def test_a_cancelled_request_frees_its_slot(server: Pictures) -> None:
 
 def _read(urls: MediaUrls, url: str) -> int:
     with PictureFiles([PictureUrl(url, "here", urls)]) as files:
-        return len(list(files))
+        return len([each.decode() for each in files])
 
 
 def test_a_reader_takes_urls_of_allowed_hosts(server: Pictures) -> None:
@@ -557,7 +557,7 @@ def test_a_reader_takes_urls_of_allowed_hosts(server: Pictures) -> None:
 
     def pixels() -> tuple[int, ...]:
         with PictureFiles([part["picture"]]) as files:
-            [found] = files
+            [found] = (file.decode() for file in files)
         return tuple(found.pixels[0, 0].tolist())
 
     assert asyncio.run(in_thread(pixels)) == (10, 20, 30)

@@ -13,7 +13,10 @@ from modelpack_engine import process_engine
 from modelpack_engine.process_engine import ProcessEngine
 from modelpack_engine.request import EngineRequest
 from modelpack_engine.vision.processor import PictureProcessor
+from modelpack_server.conversation.pictures import PictureFile
 from tests.engine.vision import tiny
+from tests.engine.vision.media import file_of
+from tests.engine.vision.test_processor_cache import asked as asked_of
 from tests.engine.vision.tiny import picture, request, run
 
 
@@ -40,8 +43,12 @@ def test_a_processor_in_another_process_makes_equal_inputs(kind: str) -> None:
 def test_tokens_are_those_of_an_engine_in_this_process() -> None:
     make_engine = partial(tiny.tiny_engine, "llava", max_num_batched_tokens=256)
     local = make_engine()
-    asked = request(local, "<image>What is it?", [picture(1)])
+    text = "<image>What is it?"
+    asked = request(local, text, [picture(1)])
     [expected] = run(local, asked)
+    file = PictureFile(file_of(picture(1)), "here")
+    again = [asked_of(local, text, [file]) for _ in range(2)][1]
+    assert not again.media[0].inputs, "its process makes them"
     engine = ProcessEngine(make_engine)
     engine.wait_until_ready(300)
 
@@ -51,6 +58,7 @@ def test_tokens_are_those_of_an_engine_in_this_process() -> None:
 
     try:
         assert engine.picture_processor is not None
+        assert asyncio.run(read(again)) == expected
         assert asyncio.run(read(asked)) == expected
     finally:
         engine.close()

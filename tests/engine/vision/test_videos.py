@@ -48,7 +48,7 @@ def decoded(data: bytes, sampling: Sampling = TINY) -> Any:
     """Decode in a worker process, as for a request."""
     processor: Any = SimpleNamespace(sampling=sampling)
     with PictureFiles([VideoFile(data, "here")], videos=processor) as files:
-        (found,) = files
+        (found,) = (file.decode() for file in files)
         return found
 
 
