@@ -2,14 +2,15 @@
 
 Docker v0.1, Docker v0.2 and CNCF ModelPack have different media types for the same files. Here
 every layer has a role and, for weights, a format. CNCF types are coarse (a `weight.v1.raw` may be
-GGUF, safetensors or a projector), so the file's name decides for those.
+GGUF, safetensors or a projector), so the file's name decides for those. Whether a GGUF file is a
+projector is in its content, which `formats.projector.identified` reads where it is at hand.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Final
@@ -41,6 +42,11 @@ _OLLAMA_PATHS: Mapping[str, str] = {
 }
 #: The file name of a chat template for transformers, vLLM and our engine.
 CHAT_TEMPLATE: Final = "chat_template.jinja"
+_EITHER_WEIGHTS_OR_PROJECTORS = (
+    media_types.DOCKER_MMPROJ,
+    media_types.OLLAMA_MODEL,
+    media_types.OLLAMA_PROJECTOR,
+)
 _MAX_SHOWN = 50
 
 
@@ -90,6 +96,16 @@ class ModelFile:
         return self.media_type == media_types.OLLAMA_TENSOR
 
     @property
+    def may_be_projector(self) -> bool:
+        """Whether this is a GGUF file whose media type may be that of weights and of projectors."""
+        return (
+            self.role in (Role.WEIGHT, Role.PROJECTOR)
+            and self.format in ("gguf", "")
+            and self.media_type not in _EITHER_WEIGHTS_OR_PROJECTORS
+            and not self.is_packed
+        )
+
+    @property
     def is_packed(self) -> bool:
         """Whether no runtime can open the layer: it is an archive or a tensor."""
         return self.archive is not None or self.is_tensor
@@ -97,12 +113,17 @@ class ModelFile:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model in any store or registry; `descriptor` is that of its manifest."""
+    """A model in any store or registry; `descriptor` is that of its manifest.
+
+    `projectors` are the GGUF files that are projectors by their content; where it is None, names
+    decide for the files of coarse media types.
+    """
 
     reference: Reference | None
     descriptor: Descriptor
     manifest: Manifest
     config: ModelConfig
+    projectors: frozenset[Digest] | None = None
 
     @property
     def digest(self) -> Digest:
@@ -192,7 +213,11 @@ class Model:
         kind = format_of(layer.media_type, filepath) if weights else ""
         if role is Role.WEIGHT and not kind:
             kind = self.config.format.lower().replace("diffusers", "dduf")
-        return ModelFile(role, layer.media_type, filepath, layer, kind, archive, diff_id)
+        file = ModelFile(role, layer.media_type, filepath, layer, kind, archive, diff_id)
+        if self.projectors is None or not file.may_be_projector:
+            return file
+        role = Role.PROJECTOR if layer.digest in self.projectors else Role.WEIGHT
+        return replace(file, role=role)
 
     def _not_found(self, wanted: str, among: Sequence[ModelFile], hint: str) -> NotFoundError:
         name = str(self.reference) if self.reference else str(self.digest)

@@ -9,7 +9,7 @@ repackages, and drops artifact types; Modelpack keeps both.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -21,13 +21,14 @@ from modelpack.artifacts.json_document import MAX_DOCUMENT_BYTES
 from modelpack.artifacts.manifest import Manifest
 from modelpack.artifacts.model import role_of
 from modelpack.builder.capabilities import LocalFile, with_files
-from modelpack.builder.classify import WEIGHT_TYPES, is_projector_name
+from modelpack.builder.classify import WEIGHT_TYPES
 from modelpack.builder.conversion import (
     CNCF_WEIGHT_TYPES,
     cncf_config,
     cncf_layers,
     docker_config,
     docker_layers,
+    is_projector_layer,
 )
 from modelpack.builder.description import Description
 from modelpack.builder.files import LayerFile, LayerMetadata, Skipped, shown
@@ -210,6 +211,7 @@ def repackage(
     *,
     description: Description | None = None,
     statistics: ModelStatistics | None = None,
+    projectors: Collection[Digest] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Built:
     """Return the model in `manifest` and `config` with the changes in `request`.
@@ -218,7 +220,8 @@ def repackage(
     template or a projector replaces the one of the same name, and in a v0.1 config of any name;
     other layers are added. The time of creation stays unless `request.created` is set.
     `description` and `statistics` are those of the files, for conversions to CNCF and to Docker's
-    format, whose configs have them. Raises
+    format, whose configs have them. `projectors` are those among the layers by their content
+    (`Model.projectors`); names decide if it is None. Raises
     `PackagingError` if two different files would have one path, and `UnsupportedError` for layers
     that the other format cannot hold.
     """
@@ -236,11 +239,11 @@ def repackage(
             config, layers = cncf_config(config), cncf_layers(layers, titles=titles)
             config = config if description is None else description.added_to(config)
         else:
-            layers = docker_layers(layers, config)
+            layers = docker_layers(layers, config, projectors)
             config = docker_config(config, layers, statistics or ModelStatistics())
     added = file_layers(extra.files if extra else (), digests)
     by_type = config.media_type == media_types.DOCKER_CONFIG_V01
-    merged = _Merge([*layers], [*diff_ids], by_type, keep_all=request.preserve)
+    merged = _Merge([*layers], [*diff_ids], by_type, request.preserve, projectors)
     for layer in added:
         merged.add(layer, cncf_layers([layer], titles=titles)[0] if to_cncf else layer)
     check_template_wins(
@@ -275,6 +278,7 @@ class _Merge:
     diff_ids: list[Digest]
     by_type: bool  # added templates and projectors replace those of any name
     keep_all: bool
+    projectors: Collection[Digest] | None
     notes: list[str] = field(default_factory=list)
 
     def add(self, docker: Descriptor, layer: Descriptor) -> None:
@@ -295,7 +299,7 @@ class _Merge:
         is_single = docker.media_type in _SINGLE_TYPES
         if old.filepath != layer.filepath:
             return is_single and self.by_type and old.media_type == layer.media_type
-        is_weight = old.media_type in _WEIGHT_TYPES and not is_projector_name(old.filepath or "")
+        is_weight = old.media_type in _WEIGHT_TYPES and not is_projector_layer(old, self.projectors)
         if is_weight or not (is_single or old.digest == layer.digest):
             raise PackagingError(
                 f"the model already has another file at {_name(layer)}",

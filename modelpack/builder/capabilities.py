@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from modelpack.artifacts import media_types
 from modelpack.artifacts.model import Role, format_of, preferred_template, role_of
 from modelpack.builder.files import LayerFile
 from modelpack.errors import NotFoundError
@@ -25,6 +26,7 @@ from modelpack.formats.config_json import (
     without_speech,
 )
 from modelpack.formats.gguf import MetadataValue, read_gguf_header
+from modelpack.formats.projector import gguf_role
 
 _POOLING: Final = ("embedding", "embedding", "embedding", "other")  # from 1 on; 4 ranks pairs
 # Keys of a config.json that only models with these inputs have.
@@ -52,7 +54,10 @@ class LocalFile:
     def of(cls, file: LayerFile) -> LocalFile:
         """Return a file that is to be packaged."""
         role = role_of(file.media_type, file.filepath)
-        return cls(file.path, file.filepath, role, format_of(file.media_type, file.filepath))
+        kind = format_of(file.media_type, file.filepath)
+        if file.media_type == media_types.DOCKER_GGUF:  # in a directory also that of projectors
+            role = gguf_role(file.path, role)
+        return cls(file.path, file.filepath, role, kind)
 
 
 def capabilities(

@@ -6,7 +6,7 @@ converts CNCF to Docker; Modelpack's rules for that are:
 
 - Raw weights get the type of their extension, otherwise of the config's format. CNCF models do not
   mark projectors: in a single-file model (config v0.1), which has one set of weights, every other
-  GGUF is a projector.
+  GGUF is a projector. The set is the first that is not of projectors, by content where it is known.
 - A document is a license if it has the name of a license, or no extension of a document; other
   documents, code and data are plain files. Archives are rejected: Docker's layers are single files.
 - The config is v0.1, which finds files by their types, for a GGUF or DDUF with only licenses, one
@@ -19,13 +19,14 @@ authors, capabilities and similar fields of CNCF. Those that the files have, too
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
+from modelpack.artifacts.digest import Digest
 from modelpack.builder.classify import (
     MEDIA_TYPES,
     WEIGHT_KINDS,
@@ -130,22 +131,27 @@ def cncf_config(config: ModelConfig) -> ModelConfig:
     )
 
 
-def docker_layers(layers: Sequence[Descriptor], config: ModelConfig) -> tuple[Descriptor, ...]:
+def docker_layers(
+    layers: Sequence[Descriptor],
+    config: ModelConfig,
+    projectors: Collection[Digest] | None = None,
+) -> tuple[Descriptor, ...]:
     """Return CNCF's layers with Docker's types; `config` is the CNCF config.
 
-    Raises `UnsupportedError` for layers that Docker's format cannot hold.
+    `projectors` are the layers that are projectors by their content (`Model.projectors`); if it is
+    None, names decide. Raises `UnsupportedError` for layers that Docker's format cannot hold.
     """
     converted = tuple(
         replace(
             layer,
-            media_type=_docker_media_type(layer, config.format),
+            media_type=_docker_media_type(layer, config.format, projectors),
             annotations=_untitled(layer),
         )
         for layer in layers
     )
     if docker_config_type(converted) == media_types.DOCKER_CONFIG_V02:
         return converted
-    own = _own_weights(converted)
+    own = _own_weights(converted, projectors)
     return tuple(
         replace(layer, media_type=media_types.DOCKER_MMPROJ)
         if layer.media_type == media_types.DOCKER_GGUF and i not in own
@@ -202,7 +208,16 @@ def docker_config_type(layers: Sequence[Descriptor]) -> str:
     return media_types.DOCKER_CONFIG_V02 if several else media_types.DOCKER_CONFIG_V01
 
 
-def _docker_media_type(layer: Descriptor, format: str) -> str:
+def is_projector_layer(layer: Descriptor, projectors: Collection[Digest] | None) -> bool:
+    """Return whether a layer is one of `projectors` or, if that is None, has the name of one."""
+    if projectors is not None:
+        return layer.digest in projectors
+    return is_projector_name(layer.filepath or "")
+
+
+def _docker_media_type(
+    layer: Descriptor, format: str, projectors: Collection[Digest] | None
+) -> str:
     given, filepath = layer.media_type, layer.filepath or ""
     if given.startswith(_DOCKER_PREFIX):
         return given
@@ -215,7 +230,7 @@ def _docker_media_type(layer: Descriptor, format: str) -> str:
         )
     kind = classify(filepath)
     if given in CNCF_WEIGHT_TYPES:
-        if _must_be_projector(filepath, kind, format):
+        if _must_be_projector(layer, kind, format, projectors):
             return media_types.DOCKER_MMPROJ
         return MEDIA_TYPES[_weight_kind(layer, kind, format)]
     if given == media_types.CNCF_DOC_RAW:
@@ -227,10 +242,12 @@ def _docker_media_type(layer: Descriptor, format: str) -> str:
     return MEDIA_TYPES[kind]
 
 
-def _must_be_projector(filepath: str, kind: FileKind, format: str) -> bool:
+def _must_be_projector(
+    layer: Descriptor, kind: FileKind, format: str, projectors: Collection[Digest] | None
+) -> bool:
     if kind is FileKind.GGUF:  # a projector if the model's weights have another format
         return _FORMATS.get(format, FileKind.GGUF) is not FileKind.GGUF
-    return kind not in WEIGHT_KINDS and is_projector_name(filepath)
+    return kind not in WEIGHT_KINDS and is_projector_layer(layer, projectors)
 
 
 def _weight_kind(layer: Descriptor, kind: FileKind, format: str) -> FileKind:
@@ -249,13 +266,15 @@ def _weight_kind(layer: Descriptor, kind: FileKind, format: str) -> FileKind:
     )
 
 
-def _own_weights(layers: Sequence[Descriptor]) -> frozenset[int]:
+def _own_weights(
+    layers: Sequence[Descriptor], projectors: Collection[Digest] | None
+) -> frozenset[int]:
     """Return the indices of the model's own weights: one file or one set of shards."""
     weights = [i for i, layer in enumerate(layers) if layer.media_type in WEIGHT_TYPES]
     if not weights:
         return frozenset()
-    named = [i for i in weights if not is_projector_name(layers[i].filepath or "")]
-    first = (named or weights)[0]
+    others = [i for i in weights if not is_projector_layer(layers[i], projectors)]
+    first = (others or weights)[0]
     shards = _shards(layers[first])
     if shards is not None:
         return frozenset(i for i in weights if _shards(layers[i]) == shards)

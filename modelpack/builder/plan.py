@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from modelpack.artifacts import media_types
-from modelpack.artifacts.model import role_of
+from modelpack.artifacts.model import Role, role_of
 from modelpack.artifacts.paths import folded
 from modelpack.builder.build import Plan, check_document_sizes
 from modelpack.builder.capabilities import LocalFile
@@ -27,7 +27,6 @@ from modelpack.builder.classify import (
     classify,
     holds_pickle,
     is_pickle,
-    is_projector_name,
 )
 from modelpack.builder.description import describe
 from modelpack.builder.files import (
@@ -141,7 +140,7 @@ def _several_models(weights: Sequence[LayerFile]) -> tuple[str, ...]:
     models = {
         shard_set(file.path) or file.path: file.filepath
         for file in reversed(weights)
-        if not is_projector_name(file.filepath)
+        if LocalFile.of(file).role is Role.WEIGHT
     }
     if len(models) < 2:
         return ()

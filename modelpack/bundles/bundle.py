@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from modelpack.artifacts import media_types
@@ -20,13 +20,15 @@ from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.json_document import decode_object, encode
 from modelpack.artifacts.model import Model, ModelFile, Role, format_of, preferred_template, role_of
-from modelpack.bundles.directory import Tree, absolute, new_directory
+from modelpack.bundles.directory import Folder, Tree, absolute, new_directory
 from modelpack.bundles.joined_tensors import JOINED_WEIGHTS, join_tensors
 from modelpack.bundles.links import LinkMode, Placement, put
 from modelpack.bundles.names import Arrangement, arrange, with_chat_template
 from modelpack.bundles.tar import Allowance, TarLimits, extract
 from modelpack.errors import StorageFullError, StoreError, UnsupportedError
 from modelpack.formats.config_json import CONFIG_JSON
+from modelpack.formats.projector import gguf_role, identified
+from modelpack.formats.reader import WeightFile
 from modelpack.progress import Action, Progress, Stop, silent
 from modelpack.storage import Watch
 
@@ -96,6 +98,7 @@ def lay_out(
     """
     watch = watch or Watch(silent, Stop())
     directory = absolute(directory)
+    model = identified(model, lambda file: blob_path(file.descriptor))
     arrangement = with_chat_template(arrange(model)) if runtime_names else arrange(model)
     notes = list(arrangement.notes)
     with _map_os_errors(directory), new_directory(directory, overwrite=overwrite) as folder:
@@ -119,7 +122,10 @@ def lay_out(
                 what = f"layer {archive.filepath or archive.descriptor.digest.short}"
                 blob_file = blob_path(archive.descriptor)
                 for member, content in extract(archive, blob_file, tree, allowance, watch, what):
-                    files.append(_bundle_file(member, archive, Placement.EXTRACTED, content))
+                    file = _bundle_file(member, archive, Placement.EXTRACTED, content)
+                    if file.format == "gguf":
+                        file = replace(file, role=_role_of_extracted(inside, member, file.role))
+                    files.append(file)
             folder.check_holds(_MODEL, inside)
         with os.fdopen(folder.create(_CONFIG), "wb") as stream:
             stream.write(runtime_config(model.config))
@@ -177,6 +183,12 @@ def _bundle_file(path: str, layer: ModelFile, linked: Placement, content: Digest
     role = role_of(layer.media_type, path) if extracted else layer.role
     kind = format_of(layer.media_type, path) if extracted else layer.format
     return BundleFile(f"{_MODEL}/{path}", role, layer.descriptor.digest, linked, content, kind)
+
+
+def _role_of_extracted(inside: Folder, path: str, otherwise: Role) -> Role:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=inside.fd)
+    with os.fdopen(fd, "rb", buffering=0) as stream:
+        return gguf_role(WeightFile(stream, path=path, size=os.fstat(fd).st_size), otherwise)
 
 
 def _bundle(

@@ -263,8 +263,11 @@ class MetadataReader:
         self._cursor = cursor
         self._long: dict[str, tuple[int, int]] = {}
 
-    def read(self, count: int) -> dict[str, MetadataValue]:
-        """Return the next `count` pairs; `fetch_long_strings` adds the text of long strings."""
+    def read(self, count: int, *, until: str = "") -> dict[str, MetadataValue]:
+        """Return the next `count` pairs, or those to the key `until`.
+
+        `fetch_long_strings` adds the text of long strings.
+        """
         cursor = self._cursor
         metadata: dict[str, MetadataValue] = {}
         for _ in range(count):
@@ -275,6 +278,8 @@ class MetadataReader:
                 raise cursor.error(f"the key {quoted(key)} occurs twice", start)
             kind = self._value_type(f"the value of {quoted(key)}")
             metadata[key] = self._value(key, kind)
+            if key == until:
+                break
         return metadata
 
     def fetch_long_strings(self, metadata: dict[str, MetadataValue]) -> None:
@@ -383,6 +388,7 @@ MAX_NAME_BYTES = 65_535
 
 DEFAULT_ALIGNMENT = 32
 
+_ARCHITECTURE = "general.architecture"
 _MAGIC = b"GGUF"
 #: Some big-endian writers store the magic as a number, which reverses its bytes.
 _SWAPPED_MAGIC = b"FUGG"
@@ -425,6 +431,15 @@ def read_gguf_header(source: WeightSource) -> GGUFHeader:
         return _Parser(file).header()
 
 
+def read_gguf_architecture(source: WeightSource) -> str | None:
+    """Return the `general.architecture` of the GGUF file `source`, None if it has no such text.
+
+    Only the metadata up to it is read; most files start with it. Raises `WeightFormatError`.
+    """
+    with opened(source) as file:
+        return _Parser(file).architecture()
+
+
 class _Parser:
     def __init__(self, file: WeightFile) -> None:
         self._file = file
@@ -446,13 +461,22 @@ class _Parser:
         self._cursor = Cursor(file, 8, order=order, version=version)
         self._info_starts = array("Q")
 
-    def header(self) -> GGUFHeader:
-        cursor = self._cursor
+    def architecture(self) -> str | None:
+        _, pairs = self._counts()
+        found = MetadataReader(self._cursor).read(pairs, until=_ARCHITECTURE).get(_ARCHITECTURE)
+        return found.value if found is not None and isinstance(found.value, str) else None
+
+    def _counts(self) -> tuple[int, int]:
+        """Return the numbers of tensors and of metadata pairs."""
         length_bytes = 4 if self._version == 1 else 8
         # The smallest tensor has an empty name and no dimension; the smallest pair has an empty
         # key and a value of one byte.
         tensors = self._count("tensors", MAX_TENSORS, length_bytes + 16)
-        pairs = self._count("metadata pairs", MAX_PAIRS, length_bytes + 5)
+        return tensors, self._count("metadata pairs", MAX_PAIRS, length_bytes + 5)
+
+    def header(self) -> GGUFHeader:
+        cursor = self._cursor
+        tensors, pairs = self._counts()
         reader = MetadataReader(cursor)
         metadata = reader.read(pairs)
         alignment = self._alignment(metadata)

@@ -5,11 +5,16 @@ Source: llama.cpp's tools/mtmd/clip-impl.h and gguf-py's `VisionProjectorType`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
-from modelpack.formats.gguf import GGUFHeader
+from modelpack.artifacts.model import Model, ModelFile, Role
+from modelpack.errors import FormatError, NotFoundError, PackagingError, SourceChangedError
+from modelpack.formats.gguf import GGUFHeader, read_gguf_architecture
+from modelpack.formats.reader import WeightSource
+from modelpack.formats.shards import ShardSet, shard_set
 
 #: The `general.architecture` of projectors.
 PROJECTOR_ARCHITECTURE: Final = "clip"
@@ -28,6 +33,49 @@ _OUTPUTS: Mapping[str, tuple[str, int]] = MappingProxyType(
         "qwen3vl_merger": ("mm.2.weight", 1),
     }
 )
+
+
+def gguf_role(source: WeightSource, otherwise: Role) -> Role:
+    """Return whether a GGUF file is a projector or weights, by its architecture.
+
+    `otherwise` is returned for a missing or damaged file.
+    """
+    try:
+        found = read_gguf_architecture(source)
+    except (FormatError, NotFoundError, SourceChangedError):
+        return otherwise
+    return Role.PROJECTOR if found == PROJECTOR_ARCHITECTURE else Role.WEIGHT
+
+
+def identified(model: Model, content: Callable[[ModelFile], WeightSource]) -> Model:
+    """Return `model` with the projectors among its GGUF files, as their content says.
+
+    Media types decide where they can (`ModelFile.may_be_projector`). `content` opens a file; those
+    that are missing or damaged keep the role that their name gives them. Nothing is opened of a
+    model with one GGUF file or its shards, unless a name is that of a projector.
+    """
+    files = [file for file in model.files() if file.may_be_projector]
+    are_weights = all(file.role is Role.WEIGHT for file in files)
+    if are_weights and len({_set_of(file) for file in files}) < 2:
+        return model
+    projectors = set()
+    for file in files:
+        try:
+            role = gguf_role(content(file), file.role)
+        except NotFoundError:
+            role = file.role
+        if role is Role.PROJECTOR:
+            projectors.add(file.descriptor.digest)
+    return replace(model, projectors=frozenset(projectors))
+
+
+def _set_of(file: ModelFile) -> ShardSet | str:
+    """Return the set that a shard belongs to, otherwise the path of the file, or its digest."""
+    path = file.filepath or str(file.descriptor.digest)
+    try:
+        return shard_set(path) or path
+    except PackagingError:  # the shard number exceeds the count, so it is not a shard
+        return path
 
 
 def architecture_of(header: GGUFHeader) -> str | None:

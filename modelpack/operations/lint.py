@@ -19,7 +19,7 @@ from modelpack.formats.statistics import read_statistics
 from modelpack.lint.checks import Finding, LintFile, LintSubject, Render, check
 from modelpack.lint.policy import Level, LintPolicy
 from modelpack.operations.headers import FileHeader, read_headers
-from modelpack.operations.lookup import check_whole, model_in, stored_model
+from modelpack.operations.lookup import check_whole, model_in, stored_model, with_projectors
 from modelpack.operations.remote import RemoteOptions, open_repository
 from modelpack.progress import Stop
 from modelpack.storage import Source, fill, read_blob, watching
@@ -39,12 +39,12 @@ def open_subject(
     if from_registry:
         where = Reference.parse(name)
         with open_repository(where, remote or RemoteOptions(), watching(None, stop)) as repository:
-            model = model_in(repository, where)
+            model = with_projectors(repository, model_in(repository, where))
             headers = _headers(name, model, None, remote, stop)
             yield model, model_subject(model, repository, headers)
         return
     store = store or LayoutStore()
-    model = stored_model(store, name)
+    model = with_projectors(store, stored_model(store, name))
     check_whole(store, model)
     yield model, model_subject(model, store, _headers(name, model, store, remote, stop))
 

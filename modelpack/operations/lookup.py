@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from modelpack.artifacts import media_types
 from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.manifest import Index, Manifest
-from modelpack.artifacts.model import Model
+from modelpack.artifacts.model import Model, ModelFile
 from modelpack.artifacts.reference import Reference, begins_id, is_model_id
 from modelpack.errors import (
     InvalidReferenceError,
@@ -18,6 +19,8 @@ from modelpack.errors import (
     PartialModelError,
     UnsupportedError,
 )
+from modelpack.formats.projector import identified
+from modelpack.formats.reader import WeightFile
 from modelpack.hub.reference import HubReference, local_name
 from modelpack.operations.remote import (
     RemoteOptions,
@@ -28,7 +31,7 @@ from modelpack.operations.remote import (
 )
 from modelpack.operations.variants import fetch_variant, opened_variant
 from modelpack.progress import ProgressCallback, Stop
-from modelpack.storage import Source, Watch, read_blob, watching
+from modelpack.storage import Source, Watch, fill, read_blob, watching
 from modelpack.store.layout import LayoutStore
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
 
 
 _MAX_SHOWN = 5
+# The parser reads windows of 64 KiB; the architecture of a GGUF file is in the first.
+_HEAD_BYTES = 128 * 1024
 _IMAGE_CONFIGS = (media_types.OCI_IMAGE_CONFIG, media_types.DOCKER_IMAGE_CONFIG)
 
 
@@ -77,12 +82,14 @@ def inspect(
     """Return the model `name` from the store or, with `from_registry`, from its registry.
 
     A name is a reference, a digest, a short id or a unique prefix of one. From a registry only
-    the manifest and the config are fetched. Raises `NotFoundError`.
+    the manifest and the config are fetched and, of a model with several GGUF files of one media
+    type, the start of each, which says which of them is a projector. Raises `NotFoundError`.
     """
     watch = watching(progress, stop)
     if from_registry:
         return remote_model(named(name), remote, watch)
-    return stored_model(store or LayoutStore(), str(name))
+    store = store or LayoutStore()
+    return with_projectors(store, stored_model(store, str(name)))
 
 
 def stored_model(store: Source, name: str, options: RemoteOptions | None = None) -> Model:
@@ -207,14 +214,32 @@ def remote_model(
 ) -> Model:
     """Return the model `reference` from its registry or the hub, without fetching its layers.
 
-    A registry needs two small requests. From the hub, small files and the headers of weights are
-    fetched.
+    A registry needs two small requests, and one for each of several GGUF files of one media type.
+    From the hub, small files and the headers of weights are fetched.
     """
     options = remote or RemoteOptions()
     with open_source(reference, options, watch) as opened:
         descriptor, manifest = opened_variant(opened, options, watch)
         config = _read_config(opened.source, manifest, opened.asked)
-        return Model(opened.local, descriptor, manifest, config)
+        model = Model(opened.local, descriptor, manifest, config)
+        return with_projectors(opened.source, model)
+
+
+def with_projectors(source: Source, model: Model) -> Model:
+    """Return a model of `source` with the projectors among its GGUF files, by their first bytes.
+
+    Those of a registry are not verified.
+    """
+
+    def head(file: ModelFile) -> WeightFile:
+        blob = file.descriptor
+        content = bytearray(min(blob.size, _HEAD_BYTES))
+        with source.blob(blob).open() as stream:
+            count = fill(stream, memoryview(content))
+        name = file.filepath or blob.digest.short
+        return WeightFile(io.BytesIO(content[:count]), path=name, size=blob.size)
+
+    return identified(model, head)
 
 
 def model_in(repository: Repository, reference: Reference) -> Model:

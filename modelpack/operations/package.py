@@ -30,6 +30,7 @@ from modelpack.errors import ModelpackError, PackagingError, SourceChangedError,
 from modelpack.formats.config_json import CONFIG_JSON
 from modelpack.formats.statistics import ModelStatistics
 from modelpack.hub.objects import ObjectAddress
+from modelpack.operations.lookup import with_projectors
 from modelpack.operations.provenance import Packaging, ProvenanceOptions, attach_provenance
 from modelpack.operations.pull import find_model
 from modelpack.operations.push import Pushed, push_from
@@ -245,7 +246,7 @@ def _statistics(
     maker, files = LayerFiles.of(PackageRequest(), {}), []
     try:
         with scratch_directory(store, "files") as directory:
-            for layer in docker_layers(model.manifest.layers, model.config):
+            for layer in docker_layers(model.manifest.layers, model.config, model.projectors):
                 filepath = paths[layer.digest] or layer.digest.encoded
                 if layer.media_type in WEIGHT_TYPES or filepath == CONFIG_JSON:
                     path = directory / filepath
@@ -331,6 +332,7 @@ def package(
             )  # fmt: skip
     if from_model is not None:
         base = find_model(from_model, store, pull=True, remote=remote, watch=watch)
+        base = with_projectors(store, base)
         planned = plan_extras(request)
     else:
         base = None
@@ -347,7 +349,10 @@ def package(
         if base.config.is_foreign or (request.format == "docker" and not is_of_single_files(base)):
             whole = as_single_files(base, store, watch)
         if whole.config.is_cncf == (request.format == "cncf") or request.format is None:
-            return repackage(whole.manifest, whole.config, request, planned, digests)
+            return repackage(
+                whole.manifest, whole.config, request, planned, digests,
+                projectors=whole.projectors,
+            )  # fmt: skip
         description, statistics = None, None
         notes: tuple[str, ...] = ()
         if request.format == "docker":
@@ -361,7 +366,7 @@ def package(
                 notes = (f"the config says no more of the files, which cannot be read: {error}",)
         built = repackage(
             whole.manifest, whole.config, request, planned, digests,
-            description=description, statistics=statistics,
+            description=description, statistics=statistics, projectors=whole.projectors,
         )  # fmt: skip
         return replace(built, notes=(*notes, *built.notes))
 

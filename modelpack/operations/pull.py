@@ -19,7 +19,13 @@ from modelpack.artifacts.model import Model, ModelFile, Role
 from modelpack.artifacts.reference import Reference, is_model_id
 from modelpack.errors import NotFoundError, RemoteUnavailableError, UnsupportedError
 from modelpack.hub.reference import HubReference, hub_origin
-from modelpack.operations.lookup import check_whole, completing_reference, model_of, stored_model
+from modelpack.operations.lookup import (
+    check_whole,
+    completing_reference,
+    model_of,
+    stored_model,
+    with_projectors,
+)
 from modelpack.operations.remote import (
     RemoteOptions,
     named,
@@ -190,7 +196,7 @@ def _selected(
     source: Source, manifest: Manifest, where: Reference, selection: Selection
 ) -> tuple[Descriptor, ...]:
     """Return the blobs of the selected files, and the config."""
-    model = model_of(source, manifest.descriptor, manifest, where)
+    model = with_projectors(source, model_of(source, manifest.descriptor, manifest, where))
     chosen = (*(file.descriptor for file in selection.chosen(model)), manifest.config)
     return tuple({blob.digest: blob for blob in chosen}.values())
 

@@ -19,7 +19,8 @@ from modelpack.bundles.bundle import Bundle, lay_out
 from modelpack.bundles.joined_tensors import JOINED_WEIGHTS
 from modelpack.bundles.links import LinkMode, Placement
 from modelpack.errors import StoreError
-from modelpack.operations.lookup import check_whole
+from modelpack.formats.projector import gguf_role
+from modelpack.operations.lookup import check_whole, with_projectors
 from modelpack.operations.pull import Selection, complete, find_any_part, find_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.progress import Action, Progress, ProgressCallback, Stop
@@ -74,6 +75,8 @@ def unpacked_files(
         name = path.relative_to(root).as_posix()
         role = role_of("", name)
         kind = format_of("", name) if role in _WEIGHTS else ""
+        if kind == "gguf":
+            role = gguf_role(path, role)
         layer = max(layers, key=lambda layer: _match_length(layer, name))
         media_type = DOCKER_SAFETENSORS if layer.is_tensor else layer.media_type
         found.append((ModelFile(role, media_type, name, layer.descriptor, kind), path))
@@ -172,6 +175,7 @@ def resolve(
     selection = Selection(include=tuple(files), media_types=tuple(media_types))
     name = str(name)
     model = find_any_part(name, store, pull=pull, remote=remote, watch=watch, selection=selection)
+    model = with_projectors(store, model)
     if not media_types and not files:
         media_types = ("weight",)
     if has_packed_weights(model) and not any("/" in text or "*" in text for text in media_types):

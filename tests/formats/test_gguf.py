@@ -10,7 +10,12 @@ import numpy
 import pytest
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats.gguf import MetadataArray, ValueType, read_gguf_header
+from modelpack.formats.gguf import (
+    MetadataArray,
+    ValueType,
+    read_gguf_architecture,
+    read_gguf_header,
+)
 from modelpack.formats.tensors import TENSOR_TYPES, TensorInfo
 from tests.formats.builders import GGUF, Pair, Tensor, array_pair, as_file, text_pair
 from tests.formats.vectors import TINY_GGUF
@@ -66,6 +71,19 @@ def test_every_value_type_in_every_layout(version: int, order: str) -> None:
         assert array == MetadataArray(kind, 3, (value,) * 3)
     assert header.infos_end == built.infos_end
     assert [(t.shape, t.size, t.offset) for t in header.tensors] == [((3, 2), 24, 0), ((), 4, 32)]
+
+
+def test_the_architecture_alone() -> None:
+    """Nothing after it is read, and a value that is no text is none."""
+    built = GGUF([text_pair("general.name", "x"), text_pair("general.architecture", "clip")], [])
+    raw = built.build()
+    end = raw.index(b"clip") + len(b"clip")
+    assert read_gguf_architecture(as_file(raw[:end])) == "clip"
+    with pytest.raises(WeightFormatError):
+        read_gguf_architecture(as_file(raw[: end - 1]))
+    number = GGUF([Pair("general.architecture", V.UINT32, 7)], []).build()
+    assert read_gguf_architecture(as_file(number)) is None
+    assert read_gguf_architecture(as_file(GGUF([], []).build())) is None
 
 
 def test_both_magics_of_big_endian_files() -> None:

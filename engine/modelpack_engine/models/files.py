@@ -23,6 +23,7 @@ from modelpack.artifacts.model import (
 from modelpack.bundles.links import open_blob
 from modelpack.bundles.tar import Allowance, Content, TarLimits, TarReader
 from modelpack.errors import IntegrityError
+from modelpack.formats.projector import gguf_role, identified
 from modelpack.formats.shards import INDEX_SUFFIX, find_shards, read_index, shard_set
 from modelpack_engine.errors import ModelLoadError
 
@@ -93,6 +94,7 @@ class ModelFiles:
         Raises `ModelLoadError` if no weights can be loaded or the weights are of several models,
         and the store's error for a missing blob.
         """
+        model = identified(model, lambda file: blob_path(file.descriptor.digest))
         located = [(file, blob_path(file.descriptor.digest)) for file in model.files()]
         return cls.from_located(model, located)
 
@@ -164,7 +166,7 @@ class ModelFiles:
                 others.append(path)
             elif shards is not None and path not in shards:
                 continue
-            elif role_of("", path.name) is Role.PROJECTOR:
+            elif kind == "gguf" and gguf_role(path, role_of("", path.name)) is Role.PROJECTOR:
                 projectors.append(path)
             else:
                 weights.append((kind, path.name, path))

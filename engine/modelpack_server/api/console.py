@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 
 from modelpack.artifacts.model import Model
 from modelpack.operations.lint import model_subject
-from modelpack.operations.lookup import stored_model
+from modelpack.operations.lookup import stored_model, with_projectors
 from modelpack.store.layout import LayoutStore
 from modelpack_server.api.model_runner.names import find_stored
 from modelpack_server.api.model_runner.records import Records
@@ -84,7 +84,7 @@ def router(
 def model_details(store: LayoutStore, name: str) -> dict[str, Any]:
     """Return the JSON value of a stored model; raises `NotFoundError`."""
     _, found = find_stored(store, name)
-    model = stored_model(store, str(found.digest))
+    model = with_projectors(store, stored_model(store, str(found.digest)))
     return {
         "digest": str(model.digest),
         "names": [str(reference) for reference in found.references],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modelpack.artifacts.digest import Digest
-from modelpack.artifacts.model import Model
+from modelpack.artifacts.model import Model, Role
 from modelpack.artifacts.reference import Reference
 from modelpack.builder.request import PackageRequest
 from modelpack.cli.options import Settings
@@ -26,8 +26,7 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.formats.adapter import AdapterError
-from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.projector import PROJECTOR_ARCHITECTURE, architecture_of
+from modelpack.formats.projector import gguf_role
 from modelpack.hub.reference import local_name
 from modelpack.operations.adapters import base_name, compare, find_base, stored_adapter
 from modelpack.operations.lookup import stored_model
@@ -247,10 +246,6 @@ def path_in(text: str) -> Path | None:
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
-def _is_projector(path: Path) -> bool:
-    return architecture_of(read_gguf_header(path)) == PROJECTOR_ARCHITECTURE
-
-
 def add_file(files: FileStore, path: Path, progress: ProgressCallback | None = None) -> Reference:
     """Add a GGUF file, or a directory of GGUF or safetensors, to `files`; return its name there.
 
@@ -261,7 +256,7 @@ def add_file(files: FileStore, path: Path, progress: ProgressCallback | None = N
     projectors: list[Path] = []
     if path.is_dir() and not any(path.glob("*.safetensors")):
         shards = sorted(path.glob("*.gguf"))
-        projectors = [file for file in shards if _is_projector(file)]
+        projectors = [file for file in shards if gguf_role(file, Role.WEIGHT) is Role.PROJECTOR]
         shards = [file for file in shards if file not in projectors]
         if len(shards) == 1 or (shards and "-00001-of-" in shards[0].name):
             weights = shards[0]

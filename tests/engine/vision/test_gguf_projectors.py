@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import mlx.core as mx
@@ -346,13 +346,15 @@ def renamed(kind: str, path: Path) -> tuple[Path, Path]:
     return path / "one.gguf", path / "two.gguf"
 
 
+@pytest.mark.parametrize("format", ["docker", "cncf"])
 @pytest.mark.parametrize("kind", ["idefics3", "qwen2_5_vl"])
-def test_packaged_and_served(kind: str, tmp_path: Path) -> None:
-    """The media type says which file is the projector; other files have no say."""
+def test_packaged_and_served(kind: str, format: Literal["docker", "cncf"], tmp_path: Path) -> None:
+    """The media type or the content says which file is the projector; names have no say."""
     gguf_, projector = renamed(kind, tmp_path)
     store = LayoutStore(tmp_path / "store")
-    package("seeing", PackageRequest(gguf=gguf_, mmproj=projector), store=store)
-    package("blind", PackageRequest(gguf=gguf_), store=store)
+    both = PackageRequest(gguf=gguf_, mmproj=projector, format=format)
+    package("seeing", both, store=store)
+    package("blind", PackageRequest(gguf=gguf_, format=format), store=store)
     content = [
         {"type": "image_url", "image_url": {"url": url(file_of(PHOTO))}},
         {"type": "text", "text": "What?"},
