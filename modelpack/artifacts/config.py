@@ -91,25 +91,8 @@ class ModelConfig:
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """The capabilities in a CNCF config beside text to text, by the names that servers use.
-
-        `vision`, `audio`, `video`, `tools`, `reasoning`, `reward`, `embedding`, `images` and
-        `transcription` (audio to text); none for configs without the field.
-        """
-        found = self.cncf_config.get("capabilities") or {}
-        if found.get("inputTypes") == ["audio"] and "text" in found.get("outputTypes", ()):
-            return ("transcription",)
-        said = {
-            "vision": "image" in found.get("inputTypes", ()),
-            "audio": "audio" in found.get("inputTypes", ()),
-            "video": "video" in found.get("inputTypes", ()),
-            "tools": found.get("toolUsage"),
-            "reasoning": found.get("reasoning"),
-            "reward": found.get("reward"),
-            "embedding": "embedding" in found.get("outputTypes", ()),
-            "images": "image" in found.get("outputTypes", ()),
-        }
-        return tuple(name for name, is_true in said.items() if is_true)
+        """The `capability_names` of a CNCF config; none for configs without the field."""
+        return capability_names(self.cncf_config.get("capabilities") or {})
 
     def with_changes(self, **changes: Any) -> ModelConfig:
         """Return a copy with these fields replaced."""
@@ -118,6 +101,27 @@ class ModelConfig:
     def encode(self) -> bytes:
         """Return the bytes of the config blob, as Docker Model Runner writes them."""
         return encode(_cncf_json(self) if self.is_cncf else _docker_json(self))
+
+
+def capability_names(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names that servers use for CNCF's `capabilities` beside text to text.
+
+    `vision`, `audio`, `video`, `tools`, `reasoning`, `reward`, `embedding`, `images` and
+    `transcription` (audio to text).
+    """
+    if found.get("inputTypes") == ["audio"] and "text" in found.get("outputTypes", ()):
+        return ("transcription",)
+    said = {
+        "vision": "image" in found.get("inputTypes", ()),
+        "audio": "audio" in found.get("inputTypes", ()),
+        "video": "video" in found.get("inputTypes", ()),
+        "tools": found.get("toolUsage"),
+        "reasoning": found.get("reasoning"),
+        "reward": found.get("reward"),
+        "embedding": "embedding" in found.get("outputTypes", ()),
+        "images": "image" in found.get("outputTypes", ()),
+    }
+    return tuple(name for name, is_true in said.items() if is_true)
 
 
 # The fields of Docker's configs, in the order of Go's structs.

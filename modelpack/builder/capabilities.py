@@ -1,17 +1,19 @@
 """The capabilities of a model: what it takes and returns, as its files say.
 
-CNCF's config has them (model-spec, docs/config.md, "capabilities"); Docker's has no place for them.
-They are those of the model, whichever runtime has them: a chat template that takes tools, a vision
-tower or a projector. What the files do not say is left out.
+CNCF's config has them (model-spec, docs/config.md, "capabilities"). Docker's has no place for them;
+`operations.capabilities` derives them from the same files. They are those of the model, whichever
+runtime has them: a chat template that takes tools, a vision tower or a projector. What the files do
+not say is left out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from modelpack.artifacts import media_types
 from modelpack.artifacts.model import Role, format_of, preferred_template, role_of
@@ -19,13 +21,14 @@ from modelpack.builder.files import LayerFile
 from modelpack.errors import NotFoundError
 from modelpack.formats.config_json import (
     ENCODERS,
+    MAX_CONFIG_JSON_BYTES,
     output_of,
-    read_config_json,
+    parse_config_json,
     speech_family,
     stated_template,
     without_speech,
 )
-from modelpack.formats.gguf import MetadataValue, read_gguf_header
+from modelpack.formats.gguf import GGUFHeader, MetadataValue, read_gguf_header
 from modelpack.formats.projector import gguf_role
 
 _POOLING: Final = ("embedding", "embedding", "embedding", "other")  # from 1 on; 4 ranks pairs
@@ -39,6 +42,25 @@ _TOOLS: Final = re.compile(r"\{[%{][^{}]*\btools\b")
 _REASONING: Final = re.compile(
     r"<think>|enable_thinking|reasoning_content|\bthinking\b|<\|channel\|>|\[THINK\]"
 )
+
+
+class ReadableFile(Protocol):
+    """A file of a model, its path and role in the model, and its format if it has weights."""
+
+    @property
+    def filepath(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def format(self) -> str: ...
+
+    def read(self, count: int) -> bytes:
+        """Return the first `count` bytes, or all; raise `NotFoundError` if it is not at hand."""
+        ...
+
+    def header(self) -> GGUFHeader:
+        """Return the header of a GGUF file. Raises as `read` and `read_gguf_header`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +81,18 @@ class LocalFile:
             role = gguf_role(file.path, role)
         return cls(file.path, file.filepath, role, kind)
 
+    def read(self, count: int) -> bytes:
+        """Return the first `count` bytes, or all."""
+        with self.path.open("rb") as stream:
+            return stream.read(count)
+
+    def header(self) -> GGUFHeader:
+        """Return the header of a GGUF file."""
+        return read_gguf_header(self.path)
+
 
 def capabilities(
-    files: Sequence[LocalFile], metadata: Mapping[str, MetadataValue]
+    files: Sequence[ReadableFile], metadata: Mapping[str, MetadataValue]
 ) -> Mapping[str, Any]:
     """Return the `capabilities` of CNCF's config for a model of these files.
 
@@ -80,7 +111,7 @@ def capabilities(
 
 
 def with_files(
-    found: Mapping[str, Any], files: Sequence[LocalFile], template: str = ""
+    found: Mapping[str, Any], files: Sequence[ReadableFile], template: str = ""
 ) -> Mapping[str, Any]:
     """Return capabilities with what projectors and chat templates among `files` add to them.
 
@@ -89,11 +120,12 @@ def with_files(
     inputs = list(found.get("inputTypes", ()))
     for file in files:
         if file.role is Role.PROJECTOR:
-            inputs += _media_of_projector(read_gguf_header(file.path).metadata)
+            inputs += _media_of_projector(file)
     chosen = preferred_template([(file.role, file.filepath) for file in files])
     if chosen is not None:
-        with files[chosen].path.open("rb") as stream:
-            template = stream.read(_MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
+        template = ""
+        with suppress(NotFoundError):
+            template = files[chosen].read(_MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
     made = {**found, "inputTypes": list(dict.fromkeys(inputs))}
     if template and "text" in found.get("outputTypes", ()):
         made["reasoning"] = _REASONING.search(template) is not None
@@ -110,8 +142,11 @@ def _media_of(config: Mapping[str, Any]) -> Iterable[str]:
     return ["image", *found] if is_seeing else found
 
 
-def _media_of_projector(metadata: Mapping[str, MetadataValue]) -> Iterable[str]:
+def _media_of_projector(file: ReadableFile) -> Iterable[str]:
     """Return the inputs of a projector; those of before the keys existed are of pictures."""
+    metadata: Mapping[str, MetadataValue] = {}
+    with suppress(NotFoundError):
+        metadata = file.header().metadata
     said = {
         "image": metadata.get("clip.has_vision_encoder"),
         "audio": metadata.get("clip.has_audio_encoder"),
@@ -128,7 +163,7 @@ def _output_of_gguf(metadata: Mapping[str, MetadataValue]) -> str:
     return "embedding" if name in ENCODERS else "text"
 
 
-def _stated_template(files: Sequence[LocalFile], metadata: Mapping[str, MetadataValue]) -> str:
+def _stated_template(files: Sequence[ReadableFile], metadata: Mapping[str, MetadataValue]) -> str:
     """Return the chat template in the metadata of a GGUF, or in tokenizer_config.json."""
     entry = metadata.get("tokenizer.chat_template")
     if entry is not None and isinstance(entry.value, str):
@@ -136,12 +171,12 @@ def _stated_template(files: Sequence[LocalFile], metadata: Mapping[str, Metadata
     return stated_template(json_of(files, "tokenizer_config.json"))
 
 
-def json_of(files: Sequence[LocalFile], name: str) -> Mapping[str, Any]:
+def json_of(files: Sequence[ReadableFile], name: str) -> Mapping[str, Any]:
     """Return a JSON file of the model; empty if there is none, or it is not an object."""
-    path = next((file.path for file in files if file.filepath == name), None)
-    if path is None:
+    found = next((file for file in files if file.filepath == name), None)
+    if found is None:
         return {}
     try:
-        return read_config_json(path, strict=False)
+        return parse_config_json(found.read(MAX_CONFIG_JSON_BYTES), strict=False)
     except (NotFoundError, ValueError):
         return {}

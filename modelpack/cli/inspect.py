@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modelpack.artifacts import media_types as mediatypes
-from modelpack.artifacts.config import ModelConfig
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.model import Model
 from modelpack.artifacts.reference import Reference
@@ -58,7 +57,10 @@ _ABILITIES = {"toolUsage": "tools", "reasoning": "reasoning", "reward": "reward"
 
 
 def model_json(
-    model: Model, missing: Collection[Digest] = (), names: Sequence[Reference] = ()
+    model: Model,
+    missing: Collection[Digest] = (),
+    names: Sequence[Reference] = (),
+    capabilities: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the JSON value of `inspect`; `missing` are the layers that the store lacks.
 
@@ -82,7 +84,7 @@ def model_json(
             "size": config.size,
             "contextSize": config.context_size,
             "precision": config.cncf_config.get("precision"),
-            "capabilities": config.cncf_config.get("capabilities"),
+            "capabilities": capabilities or None,
             "licences": config.cncf_descriptor.get("licenses"),
             "authors": config.cncf_descriptor.get("authors"),
             "datasets": config.cncf_descriptor.get("datasetsURL"),
@@ -109,6 +111,7 @@ def model_text(
     missing: Collection[Digest] = (),
     names: Sequence[Reference] = (),
     recorded: Sequence[Recorded] = (),
+    capabilities: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the text of `inspect`, with `names` for a model that was given by its id.
 
@@ -131,7 +134,7 @@ def model_text(
         ("Quantization", config.quantization),
         ("Context size", context),
         ("Precision", str(config.cncf_config.get("precision") or "")),
-        ("Capabilities", _capabilities(config)),
+        ("Capabilities", _capabilities(capabilities or {})),
         ("Licences", ", ".join(config.cncf_descriptor.get("licenses") or ())),
         ("Authors", ", ".join(config.cncf_descriptor.get("authors") or ())),
         ("Size", human_size(model.manifest.total_size)),
@@ -147,9 +150,8 @@ def model_text(
     return "\n".join(map(one_line, text))
 
 
-def _capabilities(config: ModelConfig) -> str:
-    """Return a CNCF config's capabilities as a text: `text and image to text, tools, reasoning`."""
-    found = config.cncf_config.get("capabilities") or {}
+def _capabilities(found: Mapping[str, Any]) -> str:
+    """Return CNCF's capabilities as a text: `text and image to text, tools, reasoning`."""
     ends = [" and ".join(found.get(name) or ()) for name in ("inputTypes", "outputTypes")]
     parts = [" to ".join(end for end in ends if end)]
     parts += [text for name, text in _ABILITIES.items() if found.get(name)]
@@ -392,22 +394,25 @@ def inspect(
             raise
         show_image(settings, image)
         return
+    from modelpack.operations.capabilities import capabilities_of
+
     missing: set[Digest] = set()
+    source = None if in_registry else settings.existing_store()
     names: tuple[Reference, ...] = ()
     recorded: tuple[Recorded, ...] = ()
-    if not in_registry:
-        store = settings.existing_store()
-        missing = {blob.digest for blob in store.missing(found.descriptor)}
-        recorded = recorded_provenance(store, found.digest)
+    if source is not None:
+        missing = {blob.digest for blob in source.missing(found.descriptor)}
+        recorded = recorded_provenance(source, found.digest)
         with suppress(NotFoundError):  # a variant without a name; its index has one
-            names = store.get(str(found.digest)).references
+            names = source.get(str(found.digest)).references
     if files:
         show_files(settings, found, missing)
     elif settings.json:
-        value = model_json(found, missing, names)
+        value = model_json(found, missing, names, capabilities_of(found, source))
         show_json(value | {"provenance": [provenance_json(one) for one in recorded]})
     else:
-        click.echo(model_text(found, missing, names, recorded))
+        shown = capabilities_of(found, source)
+        click.echo(model_text(found, missing, names, recorded, shown))
 
 
 @command()

@@ -147,6 +147,11 @@ def read_config_json(path: Path, *, strict: bool) -> Mapping[str, Any]:
         raise
     except ModelpackError as error:
         raise ValueError(error.message) from None
+    return parse_config_json(raw, strict=strict)
+
+
+def parse_config_json(raw: bytes, *, strict: bool) -> Mapping[str, Any]:
+    """Return the JSON object `raw`; raise `ValueError` as `read_config_json` does."""
     constants = reject_constant if strict else None
     try:
         value = json.loads(raw.decode("utf-8", "replace"), parse_constant=constants)

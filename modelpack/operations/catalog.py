@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from modelpack.artifacts.config import capability_names
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
 from modelpack.artifacts.model import Model
@@ -27,9 +28,10 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack.lint.checks import licences
+from modelpack.operations.capabilities import capabilities_of
 from modelpack.operations.catalog_page import page
 from modelpack.operations.lint import model_subject
-from modelpack.operations.lookup import model_in
+from modelpack.operations.lookup import model_in, with_projectors
 from modelpack.operations.model_list import Summary
 from modelpack.operations.remote import RemoteOptions, fetch_referenced_manifest, open_registry
 from modelpack.operations.transfer import run_all
@@ -50,8 +52,8 @@ class CatalogEntry:
 
     `summary` is None for an index, and for a tag that cannot be read; `problem` then says why. If
     the manifest itself cannot be read, `digest` is None. `licences` are SPDX identifiers; a licence
-    whose text is not recognised is left out. `capabilities` are those in the config, which only
-    CNCF models have (`ModelConfig.capabilities`). `attached` are the artifact types of the
+    whose text is not recognised is left out. `capabilities` are those of `capabilities_of`, by the
+    names that servers use (`capability_names`). `attached` are the artifact types of the
     referrers, and `variants` the digests of the models of an index. `card` is the text of the
     README.
     """
@@ -100,7 +102,8 @@ def catalog(
     """Return the models under `name`, a registry or `registry/namespace`, by repository and tag.
 
     `repositories` replaces the registry's own list, which some registries do not offer. Only the
-    manifest, the config, the licence and the model card are fetched. A tag that cannot be read is
+    manifest, the config, the licence and the model card are fetched and, of models in Docker's
+    format, the small files that say what they can do. A tag that cannot be read is
     listed with its problem. Raises `UsageError` for an invalid `name`, and registry errors.
     """
     host, namespace = split_registry(name)
@@ -169,6 +172,7 @@ def _entry(repository: Repository, reference: Reference) -> CatalogEntry | None:
             title = document.annotations.get(f"{_ANNOTATION}title", "")
             return CatalogEntry(reference, digest, title=title, variants=variants)
         model = model_in(repository, reference.with_digest(digest))
+        model = with_projectors(repository, model)
         return _model_entry(repository, reference, model)
     except AuthError:
         raise
@@ -193,7 +197,7 @@ def _model_entry(repository: Repository, reference: Reference, model: Model) -> 
         title,
         description,
         tuple(sorted({one for one in known.values() if one})),
-        model.config.capabilities,
+        capability_names(capabilities_of(model, repository)),
         tuple(sorted({one.artifact_type or "" for one in about} - {""})),
         card=card or "",
     )

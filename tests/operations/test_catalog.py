@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -82,7 +82,7 @@ def test_what_is_listed(host: str, tmp_path: Path) -> None:
     assert fourth.to_json()["capabilities"] == ["tools", "reasoning"]
     assert "<dt>Capabilities</dt><dd>tools</dd><dd>reasoning</dd>" in page([fourth], "")
     first, second, third = entries
-    assert third.capabilities == ()  # Docker's config has no place for them
+    assert third.capabilities == ()
     assert first.digest == second.digest
     assert (first.title, first.licences) == (
         ANNOTATIONS["org.opencontainers.image.title"],
@@ -104,14 +104,15 @@ def test_what_is_listed(host: str, tmp_path: Path) -> None:
          ["vision", "audio", "video"]),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("format", ["docker", "cncf"])
 def test_models_that_read_pictures_are_listed(
-    config: dict[str, Any], listed: list[str], tmp_path: Path
+    format: Literal["docker", "cncf"], config: dict[str, Any], listed: list[str], tmp_path: Path
 ) -> None:
     """The catalogue and its page name what the fields of the model's config.json say it reads."""
     directory = tiny_safetensors(tmp_path)
     stored = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(stored | config))
-    request = modelpack.PackageRequest(safetensors_dir=directory, format="cncf")
+    request = modelpack.PackageRequest(safetensors_dir=directory, format=format)
     with registry(tmp_path / "registry") as server:
         store = modelpack.Store(tmp_path / "origin")
         modelpack.package(f"{server.host}/team/a:v1", request, push=True, store=store)
@@ -123,8 +124,11 @@ def test_models_that_read_pictures_are_listed(
     assert (f"<dt>Capabilities</dt>{terms}" in html) == bool(listed)
 
 
-def test_a_gguf_with_a_projector_reads_pictures(tmp_path: Path) -> None:
-    request = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path), mmproj=PROJECTOR, format="cncf")
+@pytest.mark.parametrize("format", ["docker", "cncf"])
+def test_a_gguf_with_a_projector_reads_pictures(
+    format: Literal["docker", "cncf"], tmp_path: Path
+) -> None:
+    request = modelpack.PackageRequest(gguf=tiny_gguf(tmp_path), mmproj=PROJECTOR, format=format)
     with registry(tmp_path / "registry") as server:
         store = modelpack.Store(tmp_path / "origin")
         modelpack.package(f"{server.host}/team/a:v1", request, push=True, store=store)

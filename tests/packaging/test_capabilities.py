@@ -165,11 +165,12 @@ def test_dduf_and_docker(tmp_path: Path) -> None:
     assert package(preserved).config.cncf_config == {}
 
 
-def test_inspect_shows_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["docker", "cncf"])
+def test_inspect_shows_them(format: str, tmp_path: Path) -> None:
     write(tmp_path / "d", {**TINY_DIRECTORY, "chat_template.jinja": (TOOLS + THINKS).encode()})
     (tmp_path / "d" / "config.json").write_text('{"image_token_id": 1}')
     store = ("--store", tmp_path / "store")
-    succeed("package", "--safetensors-dir", tmp_path / "d", "--format", "cncf", "team/tiny", *store)
+    succeed("package", "--safetensors-dir", tmp_path / "d", "--format", format, "team/tiny", *store)
     assert "Capabilities: text and image to text, tools, reasoning\n" in (
         succeed("inspect", "team/tiny", *store).out
     )
