@@ -79,6 +79,15 @@ def test_modes(mode: str) -> None:
     assert (found.shape, found.dtype) == ((6, 8, 3), np.uint8)
 
 
+def test_colours_of_cmyk() -> None:
+    """Red, green, blue and black, as inks that are subtracted from white."""
+    inks = np.array([[[0, 255, 255, 0], [255, 0, 255, 0]], [[255, 255, 0, 0], [0, 0, 0, 255]]])
+    inks = np.repeat(np.repeat(inks, 16, 0), 16, 1).astype(np.uint8)  # no block of JPEG has two
+    found = decoded(saved(Image.fromarray(inks, "CMYK"), "JPEG", quality=95))[8::16, 8::16]
+    colours = [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
+    assert np.abs(found.astype(int) - colours).max() <= 3
+
+
 def test_transparency_is_dropped_as_by_mlx_vlm() -> None:
     image = Image.fromarray(np.dstack([GRADIENT, np.zeros((6, 8), np.uint8)]))
     assert np.array_equal(decoded(saved(image)), GRADIENT)
