@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -568,11 +569,17 @@ def test_a_reader_takes_urls_of_allowed_hosts(server: Pictures) -> None:
             reader.url(path, "here")
 
 
-@pytest.fixture
-def http(server: Pictures) -> Iterator[TestClient]:
+@contextmanager
+def serving(*hosts: str) -> Iterator[TestClient]:
     catalogue = TinyCatalogue(lambda: tiny.tiny_engine("llava", max_num_batched_tokens=256))
     pool = ModelPool(catalogue, memory=10_000, grace=0.0)
-    with TestClient(create_app(pool, media_hosts=[f"127.0.0.1:{server.port}"])) as client:
+    with TestClient(create_app(pool, media_hosts=hosts)) as client:
+        yield client
+
+
+@pytest.fixture
+def http(server: Pictures) -> Iterator[TestClient]:
+    with serving(f"127.0.0.1:{server.port}") as client:
         yield client
 
 
@@ -590,6 +597,37 @@ def bodies(url: str) -> list[tuple[str, dict[str, Any]]]:
             {"max_tokens": 4, "messages": [{"role": "user", "content": [source, text]}]},
         ),
     ]
+
+
+def test_each_refused_url_is_a_bad_request(net: Net, server: Pictures) -> None:
+    """Status 400 in every API for all lists above, and a message that names the reason."""
+    cdn = f"http://{CDN}"
+    redirect = "it redirects to a URL that is not allowed"
+    cases: list[tuple[str, str, list[str]]] = [
+        *(
+            # A request's reader, which takes data: URLs too, names them first.
+            (url, "is not a data: URL" if "http or https" in message else message, [PUBLIC])
+            for url, message in REFUSED_URLS
+        ),
+        *((f"{cdn}/a.png", "an address that is not public", [one]) for one in PRIVATE_ADDRESSES),
+        *((f"{cdn}/to?url={quote(one, safe='')}", redirect, [PUBLIC]) for one in REDIRECTS),
+        *(
+            (cdn + path, message, [PUBLIC])
+            for path, message in RESPONSES
+            if "1048576" not in message  # the limit of `fetch`; a server's is larger
+        ),
+    ]
+    net.names["evil.example"] = [[PUBLIC]]
+    wrong = []
+    with serving(CDN, "127.0.0.1:9") as client:
+        for url, message, addresses in cases:
+            net.names[CDN] = [addresses]
+            for path, body in bodies(url):
+                answer = client.post(path, json={"model": "tiny"} | body)
+                if answer.status_code != 400 or message not in answer.json()["error"]["message"]:
+                    wrong.append((path, url[:100], answer.status_code, answer.text))
+    assert wrong == []
+    assert set(net.connected) == {PUBLIC}
 
 
 @pytest.mark.long
