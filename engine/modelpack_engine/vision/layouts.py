@@ -21,6 +21,8 @@ from modelpack_engine.vision.models import CLASSES
 MAX_SIDE = 8192
 #: The most tiles of a picture: processors try all grids of so many.
 MAX_TILES = 64
+#: Patches of the smallest picture that settings may ask for.
+MAX_LEAST_PATCHES = 16_384
 #: Pixels on each side of a tile of Phi-3 Vision.
 PHI3_SIDE = 336
 #: What image processors return.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from modelpack_engine.patches.mlx_vlm_imports import prepare
 from modelpack_engine.request import Media, MediaSource
 from modelpack_engine.vision.layouts import (
     LAYOUTS,
+    MAX_LEAST_PATCHES,
     MAX_SIDE,
     MAX_TILES,
     PROCESSORS,
@@ -618,6 +620,8 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
                 raise ModelLoadError(
                     f"preprocessor_config.json: {name} is {value}, the limit is {limit}"
                 )
+    if in_pixels:
+        _check_pixels(settings)
     _check_tiles(settings)
     prepare()
     if (own := PROCESSORS.get(config["model_type"])) is not None:
@@ -640,11 +644,43 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     return made
 
 
+def _check_pixels(settings: Mapping[str, Any]) -> None:
+    """Raise `ModelLoadError` if the fewest pixels are above the most, or would take very long.
+
+    Smaller pictures are enlarged to the fewest pixels, those of the test at load too.
+    """
+    given = settings.get("size")
+    size = given if isinstance(given, Mapping) else {}
+    least = settings.get("min_pixels") or size.get("shortest_edge")
+    most = settings.get("max_pixels") or size.get("longest_edge")
+    if isinstance(least, int | float) and isinstance(most, int | float) and least > most:
+        raise ModelLoadError(
+            f"preprocessor_config.json: min_pixels is {least}, expected at most {most}"
+        )
+    edge = settings.get("patch_size")
+    limit = MAX_LEAST_PATCHES * edge**2 if isinstance(edge, int) else math.inf
+    if isinstance(least, int | float) and least > limit:
+        raise ModelLoadError(
+            f"preprocessor_config.json: min_pixels is {least}, the limit is {limit}, which is"
+            f" {MAX_LEAST_PATCHES} patches"
+        )
+
+
 def _check_tiles(settings: Mapping[str, Any]) -> None:
     """Raise `ModelLoadError` for too many tiles, or more pixels than a picture may have."""
     size = settings.get("size")
     sides = list(size.values()) if isinstance(size, Mapping) else [size]
     sides += [settings.get("tile_size"), settings.get("scale_resolution")]
+    tile = settings.get("max_image_size")  # Idefics 3 enlarges a picture and cuts it into tiles
+    if isinstance(tile, Mapping) and isinstance(size, Mapping):
+        longest, edge = size.get("longest_edge"), tile.get("longest_edge")
+        if isinstance(longest, int) and isinstance(edge, int) and edge > 0:
+            tiles = math.ceil(longest / edge) ** 2
+            if tiles > MAX_TILES:
+                raise ModelLoadError(
+                    f"preprocessor_config.json: pictures of {longest} pixels a side have {tiles} "
+                    f"tiles of {edge}, the limit is {MAX_TILES}"
+                )
     side = max((value for value in sides if isinstance(value, int | float)), default=1)
     for name in _TILES:
         count = settings.get(name)

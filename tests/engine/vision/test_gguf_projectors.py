@@ -166,6 +166,13 @@ def test_llavas_that_do_not_run(fields: dict[str, Any], message: str, tmp_path: 
         ("qwen2_5_vl", {"clip__vision__n_wa_pattern": None}, "has no 'clip.vision.n_wa_pattern'"),
         ("qwen2_5_vl", {"clip__vision__n_wa_pattern": 0}, "clip.vision.n_wa_pattern is 0"),
         ("qwen2_5_vl", {"clip__vision__window_size": 0}, "cannot encode this picture"),
+        ("idefics3", {"clip__vision__preproc_image_size": 4128}, "66564 tiles of 16, the limit"),
+        ("qwen2_5_vl", {"clip__vision__image_min_pixels": 525_312}, "min_pixels is 525312"),
+        (
+            "qwen2_5_vl",
+            {"clip__vision__image_min_pixels": 525_312, "clip__vision__image_max_pixels": 2**25},
+            "min_pixels is 525312, the limit is 262144",
+        ),
         ("qwen3_vl", {"clip__vision__is_deepstack_layers": [True, False, False]}, "v.deepstack.1"),
         ("qwen3_vl", {"clip__vision__spatial_merge_size": 0}, "cannot build|cannot be processed"),
         ("pixtral", {"clip__vision__image_size": 2**20}, "limits are 1024 patches and 8192 pixels"),
