@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import tokenizers
 
@@ -28,6 +32,7 @@ from modelpack.bundles.tar import TarLimits
 from modelpack.errors import InvalidReferenceError, ModelpackError, UnsafePathError
 from modelpack.formats.dduf import read_dduf_header
 from modelpack.formats.gguf import read_gguf_header
+from modelpack.formats.projector import projector_type
 from modelpack.formats.safetensors import read_safetensors_header
 from modelpack.formats.statistics import gguf_statistics
 from modelpack.operations.archives import import_archive
@@ -38,12 +43,16 @@ from modelpack.store.filesystem import bytes_used
 from modelpack.store.index import IndexDocument
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import RequestError
+from modelpack_engine.models.gguf_projector import PROJECTORS, GGUFProjector
 from modelpack_engine.models.json_tokenizer import begin_check
 from modelpack_engine.models.load_budget import TensorBounds
 from modelpack_engine.models.model_config import normalised
+from modelpack_engine.models.precision import evaluate
 from modelpack_engine.templates import budget
 from modelpack_engine.templates.environment import Renderer, TemplateFailedError
 from modelpack_engine.templates.go_template import GoSyntaxError, as_jinja
+from modelpack_engine.vision.encoder import open_vision
+from modelpack_engine.vision.processor import Picture
 from modelpack_engine.worker.document import MAX_PAGE_SIDE
 from modelpack_engine.worker.picture import MAX_PIXELS, BadPictureError, decode
 from modelpack_engine.worker.video import Sampling
@@ -60,6 +69,12 @@ from tests.unpacking.stored import Stored, everything
 HERE = Path(__file__).parent
 FIXTURES = HERE.parents[2] / "fixtures"
 _MIB = 1024 * 1024
+# What the projectors in the corpus read of a language model.
+_TEXT = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "rope_scaling": {"type": "default", "mrope_section": [2, 2, 4]},
+}
 
 
 def manifest(raw: bytes) -> None:
@@ -260,6 +275,38 @@ def sound(raw: bytes) -> None:
         assert np.isfinite(decode_sound(raw, "it", 16_000, owner=b"fuzz")).all()
 
 
+@cache
+def _table_of_tokens() -> nn.Module:
+    """Return what a tower takes of a language model."""
+    model = nn.Module()
+    model.embed_tokens = nn.Embedding(256, _TEXT["hidden_size"])
+    return model
+
+
+def projector(raw: bytes) -> None:
+    """A GGUF projector: refused, or it has encoded pictures of noise, and one more."""
+    tokens: dict[str, int] = {}
+
+    def encode(text: str) -> list[int]:
+        pieces = re.findall(r"<[^<>]+>|\[\w+\]|.", text, re.DOTALL)
+        return [tokens.setdefault(piece, len(tokens)) for piece in pieces]
+
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name, "p.gguf")
+        path.write_bytes(raw)
+        row = PROJECTORS.get(projector_type(read_gguf_header(path)) or "")
+        kinds = row.text_types if row is not None and row.text_types else ("llama",)
+        opened = GGUFProjector(path, {**_TEXT, "model_type": kinds[0]}, encode)
+        tower = opened.tower(_table_of_tokens(), mx.float32)
+        evaluate(tower)
+        vision = open_vision(tower, opened.config, opened.settings, encode)
+        prompt = [vision.processor.image_token_id]
+        _, (media,) = vision.processor.place(prompt, [Picture(np.zeros((8, 8, 3), np.uint8))])
+        rows = vision.encoder.embeddings(media)
+        assert rows.shape[-1] == _TEXT["hidden_size"]
+        assert mx.isfinite(rows).all()
+
+
 @dataclass(frozen=True)
 class Target:
     """A function of bytes, where else its corpus is, and what its inputs are made of."""
@@ -354,6 +401,11 @@ TARGETS: dict[str, Target] = {
         words=(b"ftyp", b"moov", b"trak", b"stts", b"stsz", b"stsd", b"avc1", b"avcC", b"elst",
                b"mdat", b"tkhd", b"co64", b"dref", b"url ", b"\x1aE\xdf\xa3", b"\xa3", bytes(4),
                b"\xff" * 4),
+    ),
+    "projector": Target(
+        projector,
+        words=(b"clip.vision.", b"clip.projector_type", b"v.blk.0.", b"v.blk.1.", b"mm.", b"\1",
+               bytes(4), bytes(8), b"\xff" * 4, b"\xff" * 8, b"\x00\x00\x80\x7f"),
     ),
     "byte_range": Target(byte_range, words=(b"bytes=", b"-", b",", b"9" * 20, b"0", b" ")),
 }  # fmt: skip

@@ -28,6 +28,7 @@ _FEWER = {
     "document": 500,
     "sound": 500,
     "video": 500,
+    "projector": 500,
 }
 _HANG = 20.0  # seconds of processor time; the slowest input takes some milliseconds
 
