@@ -14,6 +14,7 @@ from modelpack_engine.models.multimodal import TEXT_TYPES
 from modelpack_engine.vision.models import CLASSES
 from modelpack_engine.vision.sounds import SOUND_CLASSES
 from modelpack_engine.vision.videos import VIDEO_CLASSES
+from tests.engine.vision.tiny import FALLBACK
 from tests.engine.zoo.excluded import EXCLUDED
 
 HEAD = """
@@ -22,8 +23,8 @@ HEAD = """
 Support for the model types of mlx-vlm {version}. Those that read pictures, sounds or
 videos are compared with its single-request path ([how](pictures.md)); "text" are those that run
 with mlx-lm's class, without their pictures or sound if they have a tower; "embeddings" have a class
-of our own.
-Where no reason follows "not read yet", nothing known prevents it.
+of our own. Models that read pictures run in the paged tier, unless another one is named in
+brackets; the first table has the tiers of models of text.
 
 | model type | here | |
 |---|---|---|
@@ -48,6 +49,7 @@ _ENCODES = "an encoder or a classifier that has no class here"
 _DIFFUSION = "writes by diffusion, not token by token"
 _SOUND = "sound is not read yet"
 _VIDEOS = "videos are not read yet"
+_NO_EMBEDDINGS = "mlx-lm's class of its language model takes no embeddings"
 
 
 def _each(why: str, names: str) -> dict[str, str]:
@@ -74,11 +76,6 @@ REASONS: Mapping[str, str] = {
         qwen3_embedding qwen3_vl_embedding xlm_roberta""",
     ),
     **_each(_DIFFUSION, "diffusion_gemma llada2_moe nemotron_labs_diffusion"),
-    **_each(
-        _PICTURES,
-        """deepseek_v41 deepseekocr_2 jina_vlm minimax_m3_vl muse_spark plamo2vl
-        prism_hadamard_qwen35 step3p7""",
-    ),
     **_each(f"{_PICTURES}: {_NO_TOKEN}", "llava_bunny moondream2 moondream3 phi4_siglip"),
     **_each(f"{_PICTURES}: within one, tokens attend to later ones", "deepseek_v4"),
     **_each(f"{_PICTURES}: its processor is Python code", "llmjpvl youtu_vl"),
@@ -93,6 +90,15 @@ REASONS: Mapping[str, str] = {
     "qwen4_exp": f"{_PICTURES}: sparse attention with a cache of mlx-vlm's",
     "unlimited_ocr": f"{_PICTURES}: keys of new tokens are in a ring after those of the prompt",
     "zaya1_vl": f"{_PICTURES}: their tokens have weights of their own (LoRA)",
+    "deepseek_v41": f"{_PICTURES}: biases of their own route their tokens to experts, and"
+    " mlx-lm's class takes no embeddings",
+    "deepseekocr_2": f"{_PICTURES}: its tower is a decoder with learned queries, and layers of"
+    " DeepSeek-V2 have Llama's attention",
+    "jina_vlm": f"{_PICTURES}: rows of overlapping crops are added to the embeddings of tokens",
+    "minimax_m3_vl": f"{_PICTURES}: {_NO_EMBEDDINGS}",
+    "plamo2vl": f"{_PICTURES}: its tokenizer is Python code",
+    "step3p7": f"{_PICTURES}: a view and windows of another size, cut by Python code;"
+    f" {_NO_EMBEDDINGS} (step3p5)",
     "deepseekocr": f"{_PICTURES}: published files name the type deepseek_vl_v2, with another tower",
     "ernie4_5_moe_vl": f"{_PICTURES}: their tokens have experts of their own",
     "fastvlm": f"{_PICTURES}: its tokenizer has no token for them",
@@ -101,10 +107,11 @@ REASONS: Mapping[str, str] = {
     "florence2": "an encoder and a decoder",
     "inkling": f"{_SOUND}: its language model, with convolutions in all layers, is mlx-vlm's",
     "minicpmv4_7": f"{_PICTURES}: positions on a canvas",
-    "mimo_v2": f"{_PICTURES}; {_SOUND}: a codec with weights of its own encodes it",
+    "mimo_v2": f"{_PICTURES}: {_NO_EMBEDDINGS} (mimo_v2_flash);"
+    f" {_SOUND}: a codec with weights of its own encodes it",
     "minimax_h3": "makes videos",
     "multi_modality": f"{_PICTURES}: mlx-vlm's package needs OpenCV",
-    "nemotron_h_nano_omni": f"{_PICTURES}; {_SOUND}: its towers have not been compared",
+    "nemotron_h_nano_omni": f"{_PICTURES}: {_NO_EMBEDDINGS} (nemotron_h); {_SOUND}: likewise",
     "nemotron_parse": "an encoder and a decoder",
     "nemotron_voicechat": f"{_SOUND}: it listens and speaks at the same time, in a session",
     "phi4mm": f"{_PICTURES}: mlx-vlm's processor cuts them into no tiles, as the model's does;"
@@ -139,7 +146,8 @@ def outcome(name: str) -> tuple[str, str]:
         more = {"sounds": SOUND_CLASSES, "videos": VIDEO_CLASSES}
         *first, last = ["pictures", *(name for name in more if kind in more[name])]
         read = f"{', '.join(first)} and {last}" if first else last
-        return read, PARTLY.get(name, "")
+        tier = " (fallback)" if kind in FALLBACK else ""
+        return f"{read}{tier}", PARTLY.get(name, "")
     if is_encoder({"model_type": kind}):
         return "embeddings", ""
     if kind in TEXT_TYPES:
