@@ -155,7 +155,7 @@ def test_anthropic(llava: Served) -> None:
         "messages": [{"role": "user", "content": [{"type": "image", "source": source}, QUESTION]}],
     }  # fmt: skip
     answer = llava.http.post("/v1/messages", json=body).json()
-    expected = said("llava", "user: <image>\n\nWhat is it?\nassistant:", picture(1))
+    expected = said("llava", IN_PROMPT, picture(1))
     found = answer["content"][0]["text"]
     assert found
     assert expected.startswith(found)

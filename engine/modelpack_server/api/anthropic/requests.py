@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, ValidationError
@@ -11,7 +12,7 @@ from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr, Va
 from modelpack_engine.errors import RequestError
 from modelpack_server.api.bodies import Body, SparseBody, object_schema
 from modelpack_server.api.continuation import carried
-from modelpack_server.conversation.pictures import PDF, PictureReader, joined_content
+from modelpack_server.conversation.pictures import PDF, PictureReader
 from modelpack_server.tool_parsers.parts import Tool, ToolChoice, check_names
 
 
@@ -282,8 +283,25 @@ def _user(
         else:
             contents.append(shown(block, place))
     if contents or not results:
-        results.append({"role": "user", "content": joined_content(contents)})
+        results.append({"role": "user", "content": _joined(contents)})
     return results
+
+
+def _joined(contents: Sequence[str | list[dict[str, Any]]]) -> str | list[dict[str, Any]]:
+    """Return blocks as one content: an empty line between texts, none beside a picture.
+
+    The other APIs have none there, and models were trained without.
+    """
+    parts: list[dict[str, Any]] = []
+    for is_text, blocks in groupby(contents, lambda content: isinstance(content, str)):
+        if is_text:
+            text = "\n\n".join(map(str, blocks))
+            parts.append({"type": "text", "text": text})
+        else:
+            parts += [part for block in blocks for part in block if isinstance(part, dict)]
+    if all(isinstance(content, str) for content in contents):
+        return str(parts[0]["text"]) if parts else ""
+    return parts
 
 
 def _image(block: Mapping[str, Any], where: str, pictures: PictureReader) -> dict[str, Any]:
