@@ -11,7 +11,13 @@ from types import MappingProxyType
 from typing import Final
 
 from modelpack.artifacts.model import Model, ModelFile, Role
-from modelpack.errors import FormatError, NotFoundError, PackagingError, SourceChangedError
+from modelpack.errors import (
+    FormatError,
+    ModelpackError,
+    NotFoundError,
+    PackagingError,
+    SourceChangedError,
+)
 from modelpack.formats.gguf import GGUFHeader, read_gguf_architecture
 from modelpack.formats.reader import WeightSource
 from modelpack.formats.shards import ShardSet, shard_set
@@ -51,7 +57,7 @@ def identified(model: Model, content: Callable[[ModelFile], WeightSource]) -> Mo
     """Return `model` with the projectors among its GGUF files, as their content says.
 
     Media types decide where they can (`ModelFile.may_be_projector`). `content` opens a file; those
-    that are missing or damaged keep the role that their name gives them. Nothing is opened of a
+    that cannot be read keep the role that their name gives them. Nothing is opened of a
     model with one GGUF file or its shards, unless a name is that of a projector.
     """
     files = [file for file in model.files() if file.may_be_projector]
@@ -62,7 +68,7 @@ def identified(model: Model, content: Callable[[ModelFile], WeightSource]) -> Mo
     for file in files:
         try:
             role = gguf_role(content(file), file.role)
-        except NotFoundError:
+        except ModelpackError:  # whoever needs the file says why it cannot be read
             role = file.role
         if role is Role.PROJECTOR:
             projectors.add(file.descriptor.digest)

@@ -10,7 +10,7 @@ from typing import Any, Final
 from modelpack.artifacts import media_types
 from modelpack.artifacts.model import Model, Role
 from modelpack.builder.capabilities import capabilities
-from modelpack.errors import FormatError, NotFoundError
+from modelpack.errors import FormatError, NotFoundError, SourceChangedError
 from modelpack.formats.gguf import GGUFHeader, MetadataValue, ValueType, read_gguf_header
 from modelpack.formats.reader import WeightFile
 from modelpack.lint.checks import LintFile
@@ -20,6 +20,7 @@ from modelpack.storage import Source
 _DOCKER: Final = (media_types.DOCKER_CONFIG_V01, media_types.DOCKER_CONFIG_V02)
 #: Projectors have no vocabulary: their headers are some 100 KB of tensor names.
 _MAX_HEADER_BYTES: Final = 1024 * 1024
+_MAX_DIGITS: Final = 20  # of 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def capabilities_of(model: Model, source: Source | None) -> Mapping[str, Any]:
     ]
     try:
         return capabilities(files, _metadata(model) if config.format == "gguf" else {})
-    except FormatError:  # a damaged projector
+    except (FormatError, SourceChangedError):  # a damaged projector, or a header that goes on
         return {}
 
 
@@ -74,7 +75,7 @@ def _metadata(model: Model) -> Mapping[str, MetadataValue]:
     texts = {"general.architecture": model.config.architecture, **(model.config.gguf or {})}
     return {
         key: MetadataValue(ValueType.UINT32, int(text), 0)
-        if text.isdecimal()
+        if text.isdecimal() and len(text) <= _MAX_DIGITS
         else MetadataValue(ValueType.STRING, text, 0)
         for key, text in texts.items()
     }

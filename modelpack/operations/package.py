@@ -347,7 +347,7 @@ def package(
             return build(planned, request, digests)
         whole = base
         if base.config.is_foreign or (request.format == "docker" and not is_of_single_files(base)):
-            whole = as_single_files(base, store, watch)
+            whole = with_projectors(store, as_single_files(base, store, watch))
         if whole.config.is_cncf == (request.format == "cncf") or request.format is None:
             return repackage(
                 whole.manifest, whole.config, request, planned, digests,

@@ -28,6 +28,7 @@ MODELS: list[Case] = [
     ({"tokenizer__chat_template": TOOLS}, None, "", {"reasoning": False, "toolUsage": True}),
     ({"tokenizer__chat_template": TOOLS}, None, THINKS, {"reasoning": True, "toolUsage": False}),
     ({"llama__pooling_type": 3}, None, "", {"outputTypes": ["embedding"]}),
+    ({"llama__x": "9" * 5000}, None, "", {}),
     ({}, {}, "", {"inputTypes": ["text", "image"]}),
     ({}, {"clip__has_audio_encoder": True}, "", {"inputTypes": ["text", "audio"]}),
 ]
@@ -54,6 +55,10 @@ def found(root: Path, request: modelpack.PackageRequest) -> Mapping[str, Any]:
 @pytest.mark.parametrize("case", MODELS)
 def test_gguf(case: Case, tmp_path: Path) -> None:
     assert found(tmp_path, request_of(tmp_path, case)) == TEXT | case[-1]
+
+
+def test_a_projector_whose_header_goes_on(tmp_path: Path) -> None:
+    assert found(tmp_path, request_of(tmp_path, ({}, {"clip__x": "a" * 1_900_000}, "", {}))) == {}
 
 
 @pytest.mark.parametrize(("config", "files", "expected"), DIRECTORIES)
@@ -97,7 +102,7 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
 def test_inspecting_a_remote_model_says_what_its_config_does(tmp_path: Path) -> None:
     """A template in a file is not read; what a projector or safetensors take is not known."""
     told = {"reasoning": False, "toolUsage": True}
-    cases = [(MODELS[1], TEXT | told), (MODELS[2], TEXT), (MODELS[4], None), (MODELS[5], None)]
+    cases = [(MODELS[1], TEXT | told), (MODELS[2], TEXT), (MODELS[5], None), (MODELS[6], None)]
     store = modelpack.Store(tmp_path / "store")
     with registry() as server:
         name = f"{server.host}/team/m:v1"
