@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections import Counter, deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -27,8 +28,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 #: The largest array on the heap (glibc allows no more), and the freed bytes that the heap keeps.
 LARGEST_ON_HEAP, KEPT = 32 << 20, 256 << 20
-#: The control group of a container, which sees its own as the root.
-CGROUP = Path("/sys/fs/cgroup")
+#: The root of control groups, and which one the process is in.
+CGROUP, GROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+#: What of a group's memory the system takes back for others (cgroup-v2.rst, memory.stat).
+_RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 
 #: The size of the smallest staged array, and the most arrays of one size.
@@ -97,19 +100,34 @@ def total_memory() -> int:
 def available_memory() -> int:
     """Return the bytes of the host's memory that this process can get without swapping.
 
-    At most what the container's limit leaves (control group v2), less what arrays of zeros still
-    get. Half of the memory where the system does not report it, as macOS.
+    At most what limits of control groups leave (v2), a container's too, less what arrays of zeros
+    still get. Half of the memory where the system does not report it, as macOS.
     """
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     with suppress(OSError, KeyError, ValueError):
         found = 1024 * int(
             _fields(Path("/proc/meminfo").read_text(), ":")["MemAvailable"].split()[0]
         )
-    with suppress(OSError, KeyError, ValueError):  # "max" is no number
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cached = int(_fields((CGROUP / "memory.stat").read_text(), " ")["inactive_file"])
-        found = min(found, limit - used + cached)
+    found = min([found, *_rooms_of_groups()])
     return max(0, found - promised_bytes())
+
+
+def _rooms_of_groups() -> Iterator[int]:
+    """Return the bytes that each limit of the process's control groups leaves (v2)."""
+    group = CGROUP
+    with suppress(OSError, KeyError):
+        # In a container, its own group is the root; ".." is a group outside of it.
+        path = _fields(GROUP_OF_PROCESS.read_text(), "::")["0"].strip("/")
+        group = CGROUP if ".." in path else CGROUP / path
+    for directory in (group, *group.parents):
+        for name in ("memory.max", "memory.high"):
+            with suppress(OSError, KeyError, ValueError):  # "max" is no number
+                limit = int((directory / name).read_text())
+                used = int((directory / "memory.current").read_text())
+                stat = _fields((directory / "memory.stat").read_text(), " ")
+                yield limit - used + sum(int(stat[name]) for name in _RECLAIMABLE)
+        if directory == CGROUP:
+            return
 
 
 def _fields(text: str, separator: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import struct
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _PRESENT, _PRESENT_OR_SWAPPED = np.uint64(63), np.uint64(62)
 
 #: Pages [first, last) of arrays, by the objects that hold these.
 _promised = weakref.WeakKeyDictionary[object, list[tuple[int, int]]]()
+_lock = threading.Lock()
 
 
 def untouched_zeros(shape: tuple[int, ...], dtype: mx.Dtype, owner: object) -> mx.array:
@@ -42,19 +44,21 @@ def untouched_zeros(shape: tuple[int, ...], dtype: mx.Dtype, owner: object) -> m
         found: Any = mx.load(file, format="safetensors")  # evaluates it
     except RuntimeError:  # no memory, which whoever evaluates zeros says
         return mx.zeros(shape, dtype)
-    _promised.setdefault(owner, []).extend(file.untouched)
+    with _lock:
+        _promised.setdefault(owner, []).extend(file.untouched)
     zeros: mx.array = found["zeros"]
     return zeros
 
 
 def promised_bytes() -> int:
     """Return the bytes of arrays whose memory the system has not given yet."""
+    with _lock:
+        ranges = [each for of_owner in _promised.values() for each in of_owner]
     pages = 0
-    for ranges in [*_promised.values()]:
-        for first, last in ranges:
-            entries = _entries(first, last)
-            if entries is not None:
-                pages += int(np.count_nonzero(entries >> _PRESENT_OR_SWAPPED == 0))
+    for first, last in ranges:
+        entries = _entries(first, last)
+        if entries is not None:
+            pages += int(np.count_nonzero(entries >> _PRESENT_OR_SWAPPED == 0))
     return pages * mmap.PAGESIZE
 
 

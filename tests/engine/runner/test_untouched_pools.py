@@ -145,26 +145,37 @@ def test_mlx_writes_the_zeros_elsewhere(
     assert mx.array_equal(untouched_zeros((2, 3), mx.float32, Owner()), mx.zeros((2, 3)))
 
 
+@pytest.mark.parametrize("own", ["", "system.slice/x.service", "../../outside"])
 @pytest.mark.parametrize(
-    ("limit", "current", "inactive", "room"),
+    ("limits", "current", "cached", "room"),
     [
-        ("3000000", "1000000", "500000", 2500000),
-        ("max", "1000000", "500000", None),
-        ("1000000", "2000000", "0", 0),
-        ("3000000", "many", "0", None),
-        ("", "", "", None),
+        ({"max": "3000000"}, "1000000", "500000", 2500000),
+        ({"max": "max", "high": "3000000"}, "1000000", "500000", 2500000),
+        ({"max": "3000000", "high": "2000000"}, "1000000", "500000", 1500000),
+        ({"max": "max", "high": "max"}, "1000000", "500000", None),
+        ({"max": "1000000"}, "2000000", "0", 0),
+        ({"max": "3000000"}, "many", "0", None),
+        ({"max": ""}, "", "", None),
     ],
 )
-def test_a_containers_limit_bounds_what_is_free(
-    limit: str, current: str, inactive: str, room: int | None,
+def test_limits_of_control_groups_bound_what_is_free(
+    own: str, limits: dict[str, str], current: str, cached: str, room: int | None,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
+    """Of the process's own group, and of the one around it; a container's is the root."""
+    root, process = tmp_path / "root", tmp_path / "process"
     monkeypatch.setattr(device, "promised_bytes", lambda: 0)
-    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    monkeypatch.setattr(device, "CGROUP", root)
+    monkeypatch.setattr(device, "GROUP_OF_PROCESS", process)
     free = device.available_memory()
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    (tmp_path / "memory.current").write_text(f"{current}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 7\ninactive_file {inactive}\n")
+    process.write_text(f"2:cpu:/elsewhere\n0::/{own}\n")
+    group = (root / own).parent if own.startswith("system") else root
+    group.mkdir(parents=True, exist_ok=True)
+    for name, limit in limits.items():
+        (group / f"memory.{name}").write_text(f"{limit}\n")
+    (group / "memory.current").write_text(f"{current}\n")
+    kinds = f"active_file {cached}\ninactive_file 0\nslab_reclaimable 0\n"
+    (group / "memory.stat").write_text(f"anon 7\n{kinds}")
     found = device.available_memory()
     if room is None:
         assert found > free / 2
