@@ -641,6 +641,10 @@ def _image_processor(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
             )
         except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
             raise ModelLoadError(f"preprocessor_config.json: {error}") from error
+    complete = made.to_dict()  # with the defaults of what the file leaves out
+    if in_pixels:
+        _check_pixels(complete)
+    _check_tiles(complete)
     return made
 
 
@@ -658,7 +662,7 @@ def _check_pixels(settings: Mapping[str, Any]) -> None:
             f"preprocessor_config.json: min_pixels is {least}, expected at most {most}"
         )
     edge = settings.get("patch_size")
-    limit = MAX_LEAST_PATCHES * edge**2 if isinstance(edge, int) else math.inf
+    limit = MAX_LEAST_PATCHES * edge**2 if isinstance(edge, int | float) else math.inf
     if isinstance(least, int | float) and least > limit:
         raise ModelLoadError(
             f"preprocessor_config.json: min_pixels is {least}, the limit is {limit}, which is"
@@ -674,7 +678,7 @@ def _check_tiles(settings: Mapping[str, Any]) -> None:
     tile = settings.get("max_image_size")  # Idefics 3 enlarges a picture and cuts it into tiles
     if isinstance(tile, Mapping) and isinstance(size, Mapping):
         longest, edge = size.get("longest_edge"), tile.get("longest_edge")
-        if isinstance(longest, int) and isinstance(edge, int) and edge > 0:
+        if isinstance(longest, int | float) and isinstance(edge, int | float) and edge > 0:
             tiles = math.ceil(longest / edge) ** 2
             if tiles > MAX_TILES:
                 raise ModelLoadError(

@@ -282,6 +282,9 @@ def test_a_model_without_tiles(tmp_path: Path) -> None:
     [
         ("aya_vision", {"max_patches": 10**9}, "max_patches is 1000000000, expected 1 to 64"),
         ("aya_vision", {"max_patches": 64, "size": {"height": 2048.0, "width": 16}}, "for tiles"),
+        ("idefics3", {"size": None, "max_image_size": {"longest_edge": 16}}, "8281 tiles of 16"),
+        ("idefics3", {"size": {"longest_edge": 5460}, "max_image_size": None}, "225 tiles of 364"),
+        ("qwen2_vl", {"min_pixels": 4 * 10**6, "max_pixels": 10**7}, "min_pixels is 4000000"),
         ("lfm2_vl", {"tile_size": 10**6}, "tile_size is 1000000, the limit is 8192"),
         ("minicpmv4_6", {"scale_resolution": 10**6}, "scale_resolution is 1000000, the limit"),
         ("phi3_v", {"num_crops": 10**6}, "num_crops is 1000000, for tiles of 336 pixels a side"),
@@ -305,7 +308,7 @@ def test_a_model_without_tiles(tmp_path: Path) -> None:
 )
 def test_settings_that_are_refused(kind: str, change: dict[str, Any], message: str) -> None:
     loaded = tiny.tiny_loaded(kind)
-    settings = tiny.settings_of(kind) | change
+    settings = {k: v for k, v in (tiny.settings_of(kind) | change).items() if v is not None}
     with pytest.raises(ModelLoadError, match=message):
         PictureProcessor(tiny.config_of(kind), settings, loaded.tokenizer.encode)
 
