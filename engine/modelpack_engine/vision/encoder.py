@@ -253,7 +253,10 @@ class VisionEncoder:
         making = self._processing
         if media not in making and all(each.done() for each in making.values()):
             making.clear()  # inputs are large, and those of a preempted sequence may wait for this
-            making[media] = self._threads.submit(self._inputs, media)
+            try:
+                making[media] = self._threads.submit(self._inputs, media)
+            except RuntimeError:  # no thread can be started
+                return True  # then the inputs are made here
         if alone:  # there may be no step without it, but requests that arrive do not wait for it
             wait(making.values(), self._patience)
             self._patience = 0.0
@@ -264,7 +267,16 @@ class VisionEncoder:
         if not media.lacks_inputs:
             return media
         making = self._processing.pop(media, None)
-        inputs = self._inputs(media) if making is None else making.result()
+        try:
+            inputs = self._inputs(media) if making is None else making.result()
+        except RequestError:
+            raise
+        except Exception as error:  # of a library: it fails this request, not the engine
+            _log.exception("the inputs of a file cannot be made")
+            raise RequestError(
+                f"{media.param}: the file cannot be processed: {type(error).__name__}",
+                param=media.param,
+            ) from error
         return replace(media, inputs=inputs, source=None)
 
     def _has_room(self) -> bool:

@@ -396,8 +396,15 @@ def test_text_goes_on_while_inputs_are_made(monkeypatch: pytest.MonkeyPatch) -> 
     assert tokens["picture"] == tiny.expected("llava", IT, [ONE])
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("no memory"), "here: the picture cannot be processed: no memory"),
+        (OSError("of a library"), "here: the file cannot be processed: OSError"),
+    ],
+)
 def test_inputs_that_cannot_be_made_again_fail_their_request_alone(
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(enable_prefix_caching=False)
     run(engine, asked(engine, IT, [FILE]))
@@ -405,7 +412,7 @@ def test_inputs_that_cannot_be_made_again_fail_their_request_alone(
     good, bad = asked(engine, IT, [OTHER]), asked(engine, MANY, [FILE])
 
     def fail(*_: object) -> None:
-        raise MemoryError("no memory")
+        raise error
 
     monkeypatch.setattr(PictureProcessor, "_processed", fail)
     engine.add_request("good", good)
@@ -415,8 +422,20 @@ def test_inputs_that_cannot_be_made_again_fail_their_request_alone(
         for event in engine.step():
             tokens += event.token_ids
             errors += [(event.request_id, event.error)] * bool(event.error)
-    assert errors == [("bad", "here: the picture cannot be processed: no memory")]
+    assert errors == [("bad", message)]
     assert tokens == tiny.expected("llava", IT, [TWO])
+
+
+def test_inputs_are_made_here_if_no_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(enable_prefix_caching=False)
+    run(engine, asked(engine, IT, [FILE]))
+    drop_embeddings(engine)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(encoder_of(engine)._threads, "submit", refuse)
+    assert run(engine, asked(engine, IT, [FILE])) == tiny.expected("llava", IT, [ONE])
 
 
 def test_a_second_question_about_a_sound(calls: Counter[str]) -> None:
