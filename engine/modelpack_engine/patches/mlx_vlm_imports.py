@@ -27,9 +27,8 @@ from typing import Any
 
 _NAME = "mlx_vlm"
 _PROCESSOR = re.compile(r"mlx_vlm\.models\.\w+\.processing_\w+")
-_lock, _running = threading.Lock(), threading.RLock()
+_lock = threading.Lock()
 _imports: threading.Thread | None = None
-_at_work: list[ModuleType] = []
 
 
 def is_installed() -> bool:
@@ -85,9 +84,9 @@ class _Processor(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # those that imports ask for
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        with _running:  # of another thread, until it has run
-            if self not in _at_work and type(self) is _Processor:
-                _at_work.append(self)
+        with self.__dict__["__lock"]:  # of another thread, until the module has run
+            if type(self) is _Processor and not self.__dict__.get("__runs"):
+                self.__dict__["__runs"] = True
                 try:
                     spec = self.__spec__
                     assert spec is not None
@@ -95,7 +94,7 @@ class _Processor(ModuleType):
                     module: ModuleType = self
                     module.__class__ = ModuleType
                 finally:
-                    _at_work.remove(self)
+                    self.__dict__["__runs"] = False
         try:
             return self.__dict__[name]
         except KeyError:
@@ -106,7 +105,9 @@ class _Later(Loader):
     """Makes a `_Processor`; its loader is the spec's `loader_state`."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Processor(spec.name)
+        made = _Processor(spec.name)
+        made.__dict__["__lock"] = threading.RLock()
+        return made
 
     def exec_module(self, module: ModuleType) -> None:
         """Do nothing yet."""
