@@ -28,6 +28,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 #: The largest array on the heap (glibc allows no more), and the freed bytes that the heap keeps.
 LARGEST_ON_HEAP, KEPT = 32 << 20, 256 << 20
+MEMINFO = Path("/proc/meminfo")
 #: The root of control groups, and which one the process is in.
 CGROUP, GROUP_OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 #: What of a group's memory the system takes back for others (cgroup-v2.rst, memory.stat).
@@ -105,9 +106,7 @@ def available_memory() -> int:
     """
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     with suppress(OSError, KeyError, ValueError):
-        found = 1024 * int(
-            _fields(Path("/proc/meminfo").read_text(), ":")["MemAvailable"].split()[0]
-        )
+        found = 1024 * int(_fields(MEMINFO.read_text(), ":")["MemAvailable"].split()[0])
     found = min([found, *_rooms_of_groups()])
     return max(0, found - promised_bytes())
 

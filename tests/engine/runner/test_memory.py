@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -244,15 +244,12 @@ def test_the_limit_of_steps_holds_in_the_self_test(monkeypatch: pytest.MonkeyPat
     assert calls == ["limit", "self-test", "limit"]
 
 
-def test_available_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What Linux reports, otherwise half of the memory."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    text = "MemTotal: 900 kB\nMemAvailable: 700 kB\n"
-    monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(text))
-    assert device.available_memory() == 700 * 1024
-
-    def fail(*_: object, **__: object) -> None:
-        raise FileNotFoundError
-
-    monkeypatch.setattr("builtins.open", fail)
+    monkeypatch.setattr(device, "promised_bytes", lambda: 0)
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    monkeypatch.setattr(device, "MEMINFO", tmp_path / "meminfo")
     assert device.available_memory() == physical // 2
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 700 kB\n")
+    assert device.available_memory() == 700 * 1024
