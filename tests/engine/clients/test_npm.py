@@ -137,9 +137,9 @@ def test_a_picture_in_a_data_url(results: dict[str, dict[str, Any]], feature: st
 @pytest.mark.parametrize(
     ("client", "prompt"),
     [
-        (ANTHROPIC, "user: <image>\n\nWhat is it?\nassistant:"),
+        (ANTHROPIC, "user: <image>What is it?\nassistant:"),
         (VERCEL_OPENAI, "user: <image>What is it?\nassistant:"),
-        (VERCEL_ANTHROPIC, "user: <image>\n\nWhat is it?\nassistant:"),
+        (VERCEL_ANTHROPIC, "user: <image>What is it?\nassistant:"),
     ],
 )
 def test_a_picture_until_the_end_of_the_reply(

@@ -116,11 +116,11 @@ def test_the_apis_of_a_server_share_files(calls: Counter[str]) -> None:
             parts = [part, {"type": "text", "text": f"What is it, {number}?"}]
             if part is openai:
                 [choice] = llava.chat(parts).json()["choices"]
-                text, between = choice["message"]["content"], ""
+                text = choice["message"]["content"]
             else:
                 answer = llava.chat(parts, "/v1/messages").json()
-                text, between = answer["content"][0]["text"], "\n\n"
-            prompt = f"user: <image>{between}What is it, {number}?\nassistant:"
+                text = answer["content"][0]["text"]
+            prompt = f"user: <image>What is it, {number}?\nassistant:"
             assert text
             assert said("llava", prompt, ONE).startswith(text)
             assert calls["decoded"] == decoded
@@ -435,7 +435,7 @@ def test_inputs_are_made_here_if_no_thread_starts(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(encoder_of(engine)._threads, "submit", refuse)
-    assert run(engine, asked(engine, IT, [FILE])) == tiny.expected("llava", IT, [ONE])
+    assert run(engine, asked(engine, IT, [FILE])) == [tiny.expected("llava", IT, [ONE])]
 
 
 def test_a_second_question_about_a_sound(calls: Counter[str]) -> None:

@@ -99,7 +99,7 @@ def test_anthropic(address: str, expected: str) -> None:
         )  # fmt: skip
         [block] = answer.content
         assert block.type == "text"
-        tokens = tiny.expected("llava", "user: <image>\n\nWhat is it?\nassistant:", [picture(1)])
+        tokens = tiny.expected("llava", "user: <image>What is it?\nassistant:", [picture(1)])
         text = tiny.tiny_loaded("llava").tokenizer.decode(tokens)
         assert block.text
         assert text.startswith(block.text)
