@@ -263,7 +263,7 @@ class MetadataReader:
         self._cursor = cursor
         self._long: dict[str, tuple[int, int]] = {}
 
-    def read(self, count: int, *, until: str = "") -> dict[str, MetadataValue]:
+    def read(self, count: int, *, until: str | None = None) -> dict[str, MetadataValue]:
         """Return the next `count` pairs, or those to the key `until`.
 
         `fetch_long_strings` adds the text of long strings.

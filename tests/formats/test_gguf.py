@@ -86,6 +86,11 @@ def test_the_architecture_alone() -> None:
     assert read_gguf_architecture(as_file(GGUF([], []).build())) is None
 
 
+def test_pairs_after_an_empty_key() -> None:
+    raw = GGUF([Pair("", V.UINT8, 1), Pair("general.architecture", V.UINT8, 2)], []).build()
+    assert list(read_gguf_header(as_file(raw)).metadata) == ["", "general.architecture"]
+
+
 def test_both_magics_of_big_endian_files() -> None:
     for magic in (b"GGUF", b"FUGG"):
         raw = GGUF([], [Tensor("x")], order=">", magic=magic).build()
