@@ -240,17 +240,9 @@ def test_a_step_with_tokens_calls_the_tower_once(monkeypatch: pytest.MonkeyPatch
     nbytes = made.media[0].inputs["pixel_values_videos"].nbytes
     monkeypatch.setattr(encoder_module, "MAX_BATCH_BYTES", 3 * nbytes)
     towers = recorded(engine)
-    engine.add_request("text", watching.request(engine, "hello", [], count=60))
-    while not any(event.token_ids for event in engine.step()):
-        pass
-    engine.add_request("videos", made)
-    tokens: dict[str, list[int]] = {"text": [], "videos": []}
-    while engine.has_work:
-        before = len(towers.calls)
-        for event in engine.step():
-            tokens[event.request_id] += event.token_ids
-        assert len(towers.calls) <= before + 1
-    assert tokens["videos"] == watching.expected(kind, text, videos)
+    beside = watching.request(engine, "hello", [], count=60)
+    tokens = tiny.run_beside_text(engine, made, beside, towers.calls)
+    assert tokens == watching.expected(kind, text, videos)
     assert [count for _, count in towers.calls] == [3, 3, 2]
 
 

@@ -134,18 +134,10 @@ def test_a_step_with_tokens_calls_the_tower_once(monkeypatch: pytest.MonkeyPatch
     nbytes = made.media[0].inputs["pixel_values"].nbytes
     monkeypatch.setattr(encoder_module, "MAX_BATCH_BYTES", 3 * nbytes)
     tower = recorded(engine, made.media[0])
-    engine.add_request("text", request(engine, "hello", [], count=60))
-    while not any(event.token_ids for event in engine.step()):
-        pass
-    engine.add_request("pictures", made)
-    tokens: dict[str, list[int]] = {"text": [], "pictures": []}
-    while engine.has_work:
-        before = len(tower.calls)
-        for event in engine.step():
-            tokens[event.request_id] += event.token_ids
-        assert len(tower.calls) <= before + 1
+    text = request(engine, "hello", [], count=60)
+    tokens = tiny.run_beside_text(engine, made, text, tower.calls)
     assert tower.calls == [3, 3, 2]
-    assert tokens["pictures"] == tiny.expected("llava", "<image>" * 8, pictures)
+    assert tokens == tiny.expected("llava", "<image>" * 8, pictures)
 
 
 @pytest.mark.parametrize("rest", ["", " It is large, and there is text in it, but hard to read."])

@@ -6,7 +6,7 @@ import copy
 import importlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -460,6 +460,26 @@ def run(engine: Engine, *requests: EngineRequest) -> list[list[int]]:
             assert event.error is None, event.error
             tokens[event.request_id] += event.token_ids
     return [tokens[name] for name in names]
+
+
+def run_beside_text(
+    engine: Engine, made: EngineRequest, text: EngineRequest, calls: Sequence[object]
+) -> list[int]:
+    """Run a request while `text` generates tokens; return its own tokens.
+
+    A step adds at most one to `calls`, those of the tower.
+    """
+    engine.add_request("text", text)
+    while not any(event.token_ids for event in engine.step()):
+        pass
+    engine.add_request("made", made)
+    tokens: dict[str, list[int]] = {"text": [], "made": []}
+    while engine.has_work:
+        before = len(calls)
+        for event in engine.step():
+            tokens[event.request_id] += event.token_ids
+        assert len(calls) <= before + 1
+    return tokens["made"]
 
 
 @cache
