@@ -7,8 +7,8 @@
   //   add_norm.h), where EPSILON is a float's bits, and there is one part
   // A block computes strips of 16 outputs (SWIGLU: 8 gates and their up rows), one of every STRIDE. The last
   // COPYING warps have the weights copied to STAGES places of shared memory, as far ahead as there is room,
-  // also while the rows are normed and, if the kernel is launched early, while the one before still runs. A stage has up to WARPS units of 256 inputs of a strip, each of which one
-  // of the other warps multiplies.
+  // also while the rows are normed and, if the kernel is launched early, while the one before still runs. A stage
+  // has up to WARPS units of 256 inputs of a strip, each of which one of the other warps multiplies.
   constexpr int UNIT = 256, COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
   constexpr int GROUPS = UNIT / GROUP;                      // groups of a unit
   constexpr int PIECE = GROUP / 8, WORDS = PIECE / 4;       // bytes and words that a lane reads of a group

@@ -80,14 +80,13 @@ def add(
     x, sizes = adapters.x, adapters.sizes
     rows, (_, products, inputs) = x.shape[0], adapters.down.shape
     rank, outputs = adapters.up.shape[1:]
-    ranks = 2 * rank if gated else rank
     ends = [*accumulate(sizes), *[outputs] * MOST_LAYERS]
     chunks = sum(-(-size // chunk) for size in (sizes[:1] if gated else sizes))
     chunk = min(chunk, max(sizes))  # threads keep the outputs of a chunk
     shape = (rows, outputs // 2 if gated else outputs)
     constants: list[tuple[str, int | bool]] = [
         ("IN", inputs), ("OUT", outputs), ("N", products), ("RANK", rank),
-        ("RANKS", ranks), ("PARTS", parts.count), ("END0", ends[0]),
+        ("RANKS", 2 * rank if gated else rank), ("PARTS", parts.count), ("END0", ends[0]),
         ("END1", ends[1]), ("END2", ends[2]), ("GATED", gated), ("CHUNK", chunk),
     ]  # fmt: skip
     if wide or (wide is None and rows >= _MANY_ROWS and _fits_wide(adapters)):
