@@ -42,7 +42,8 @@ _OLLAMA_PATHS: Mapping[str, str] = {
 }
 #: The file name of a chat template for transformers, vLLM and our engine.
 CHAT_TEMPLATE: Final = "chat_template.jinja"
-_EITHER_WEIGHTS_OR_PROJECTORS = (
+# GGUF files of these types are weights, or projectors, whatever is in them.
+_EXACT_TYPES: Final = (
     media_types.DOCKER_MMPROJ,
     media_types.OLLAMA_MODEL,
     media_types.OLLAMA_PROJECTOR,
@@ -101,7 +102,7 @@ class ModelFile:
         return (
             self.role in (Role.WEIGHT, Role.PROJECTOR)
             and self.format in ("gguf", "")
-            and self.media_type not in _EITHER_WEIGHTS_OR_PROJECTORS
+            and self.media_type not in _EXACT_TYPES
             and not self.is_packed
         )
 

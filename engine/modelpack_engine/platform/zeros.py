@@ -1,8 +1,8 @@
 """Arrays of zeros whose memory the system gives when they are written, for the CPU's KV cache.
 
-MLX writes zeros to all of an array. Here it reads them from a file, `_ZerosFile`, which leaves
-pages alone that nobody has touched, since they are zeros (proc(5), /proc/PID/pagemap). What is
-promised so and not given yet is not free: `promised_bytes`.
+MLX writes zeros to a whole array. Here, it reads the array from a file, `_ZerosFile`, which does
+not write to pages that the system has not given yet, since these read as zeros (proc(5),
+/proc/PID/pagemap). The system gives them later, so they are not free: `promised_bytes` counts them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _ZerosFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`, but for pages of memory that are zeros as nobody has touched them."""
+        """Write the next bytes of the file to `buffer`, but not to pages that read as zeros."""
         into = np.frombuffer(buffer, np.uint8)
         start, self._at = self._at, self._at + len(into)
         if start < len(self._header):

@@ -124,7 +124,7 @@ def test_arrays_in_memory_that_mlx_has_used_before() -> None:
 
 @only_linux
 def test_what_is_promised_is_not_free() -> None:
-    """Until its memory is given, or nobody holds it any more."""
+    """A promise ends when the system gives the memory, or when the owner of the array is freed."""
     before, free = promised_bytes(), device.available_memory()
     pools = HeadMajorPools(KVLayout(2, 64, 2, 64, mx.float32), 131072, 16)  # 1 GiB each
     assert 0 <= (2 << 30) - (promised_bytes() - before) <= 8 * PAGE
