@@ -4,7 +4,7 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `packed_strips`,
-`block_tiles`, `experts`, `experts_wide`, `adapters_wide`, `delta_tiles`, `delta_wide`,
+`block_tiles`, `experts`, `experts_wide`, `shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`,
 `state_space_wide`, `usable`, `deliver` and `address` are for CUDA only.
 """
 
@@ -23,9 +23,9 @@ Body = Literal[
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide", "packed_strips",
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
-    "adapters_norm", "adapters_wide", "convolve", "gated_norm", "linear_attention", "delta_tiles",
-    "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address", "beside",
-    "gate",
+    "adapters_norm", "shrink_wide", "expand_wide", "convolve", "gated_norm", "linear_attention",
+    "delta_tiles", "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address",
+    "beside", "gate",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -96,7 +96,8 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
     "block_values": ("weight",),
     "adapters": ("given", "x", "down", "up", "slots"),
-    "adapters_wide": ("given", "x", "down", "up", "slots", "singles"),
+    "shrink_wide": ("x", "down", "slots", "singles"),
+    "expand_wide": ("given", "inner", "up", "slots", "singles"),
     "adapters_norm": ("a", "b", "weight", "x", "down", "up", "slots"),
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
@@ -151,7 +152,7 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "add_norm": ("add_norm", "normed"),
     "norm_beside": ("norm_beside", "normed"),
     "adapters_norm": ("shrink", "expand", "add_norm", "normed"),
-    "adapters_wide": ("chunks", "adapters_wide"),
+    "expand_wide": ("chunks", "expand_wide"),
     "delta_wide": ("delta_rule", "delta_wide"),
 }
 
@@ -200,7 +201,8 @@ def kernel_source(
     headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "packed_strips",
-        "grouped", "block_tiles", "adapters_wide", "delta_tiles", "delta_wide", "state_space_wide",
+        "grouped", "block_tiles", "shrink_wide", "expand_wide", "delta_tiles", "delta_wide",
+        "state_space_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body in ("packed_row", "packed_strips"):

@@ -1,8 +1,9 @@
-"""What LoRA adapters add to the products of fused layers: one kernel for each product.
+"""What LoRA adapters add to the products of fused layers: one kernel for each product, or two.
 
 Each row has its own adapter (Punica, https://arxiv.org/abs/2310.18547). Several layers with the
 same input are computed together. The kernel also computes what follows, SwiGLU or a residual sum
-and its norm: with few rows, the launches of kernels take most of the time.
+and its norm: with few rows, the launches of kernels take most of the time. Many rows are multiplied
+on tensor cores, by first matrices and by second ones.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ MOST_LAYERS, MOST_RANK = 4, 512
 #: The most outputs that a threadgroup computes, and its most simdgroups, without and with the norm.
 _CHUNK, _MOST_SIMDGROUPS, _NORM_SIMDGROUPS = 2048, 8, 16
 #: With fewer rows, a threadgroup computes a whole row, with its norm. Many rows are prompts, of
-#: which a block computes 16 on tensor cores: its threads, and the depth and width of its matmuls.
-_MANY_ROWS, _BLOCK_ROWS, _BLOCK_THREADS, _DEPTH, _WIDTH = 256, 16, 256, 32, 64
-#: The most products of a row that a block on tensor cores has memory for.
-_MOST_PRODUCTS = 512
+#: which a block computes 16 on tensor cores. A block has so many threads for first matrices and for
+#: second ones; it multiplies inputs by the former 32 at a time, and computes outputs, gates or
+#: others, by the latter, 64 or 32 of them in a warp.
+_MANY_ROWS, _BLOCK_ROWS, _DEPTH, _WIDTH = 256, 16, 32, 64
+_SHRINKING, _EXPANDING, _OUTPUTS_OF_GATES, _OUTPUTS = 512, 256, 512, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,31 +80,12 @@ def add(
     on tensor cores: the default for many rows, where the GPU has them.
     """
     x, sizes = adapters.x, adapters.sizes
-    rows, (_, products, inputs) = x.shape[0], adapters.down.shape
-    rank, outputs = adapters.up.shape[1:]
-    ends = [*accumulate(sizes), *[outputs] * MOST_LAYERS]
-    chunks = sum(-(-size // chunk) for size in (sizes[:1] if gated else sizes))
+    if wide or (wide is None and x.shape[0] >= _MANY_ROWS and _fits_wide(adapters)):
+        return _add_wide(parts, adapters, gated=gated)
+    rows, inputs = x.shape[0], adapters.down.shape[2]
+    outputs = adapters.up.shape[2]
+    chunks = _num_chunks(sizes, chunk, gated=gated)
     chunk = min(chunk, max(sizes))  # threads keep the outputs of a chunk
-    shape = (rows, outputs // 2 if gated else outputs)
-    constants: list[tuple[str, int | bool]] = [
-        ("IN", inputs), ("OUT", outputs), ("N", products), ("RANK", rank),
-        ("RANKS", 2 * rank if gated else rank), ("PARTS", parts.count), ("END0", ends[0]),
-        ("END1", ends[1]), ("END2", ends[2]), ("GATED", gated), ("CHUNK", chunk),
-    ]  # fmt: skip
-    if wide or (wide is None and rows >= _MANY_ROWS and _fits_wide(adapters)):
-        singles = min(adapters.singles, rows - 1)
-        blocks = singles + -(-(rows - singles) // _BLOCK_ROWS)
-        (out,) = launch.run(
-            "adapters_wide",
-            [parts.array, *adapters.arrays(), adapters.slots[: singles + 1]],
-            [("T", x.dtype), ("J", parts.array.dtype)],
-            constants,
-            threads=blocks * chunks * _BLOCK_THREADS,
-            group=_BLOCK_THREADS,
-            shapes=[shape],
-            dtypes=[x.dtype],
-        )
-        return out
     itemsize = max(x.dtype.size, adapters.up.dtype.size)
     load = vector_width(itemsize, inputs)
     vector = min(vector_width(max(itemsize, parts.array.dtype.size), size) for size in sizes)
@@ -112,10 +95,66 @@ def add(
         "adapters",
         [parts.array, *adapters.arrays()],
         [("T", x.dtype), ("A", adapters.up.dtype), ("J", parts.array.dtype)],
-        [*constants, ("FROM", load), ("TO", vector), ("NSG", simdgroups)],
+        [
+            ("IN", inputs), ("RANKS", (2 if gated else 1) * adapters.up.shape[1]),
+            *_constants(adapters, parts, chunk, gated=gated),
+            ("FROM", load), ("TO", vector), ("NSG", simdgroups),
+        ],
         threads=rows * chunks * simdgroups * 32,
         group=simdgroups * 32,
-        shapes=[shape],
+        shapes=[(rows, outputs // 2 if gated else outputs)],
+        dtypes=[x.dtype],
+    )  # fmt: skip
+    return out
+
+
+def _num_chunks(sizes: tuple[int, ...], chunk: int, *, gated: bool) -> int:
+    """Return into how many chunks of outputs the kernels divide a row: those of one layer each."""
+    return sum(-(-size // chunk) for size in (sizes[:1] if gated else sizes))
+
+
+def _constants(
+    adapters: RowAdapters, parts: Parts, chunk: int, *, gated: bool
+) -> list[tuple[str, int | bool]]:
+    """Return the constants of a kernel that adds to `parts`, `chunk` outputs at a time."""
+    rank, outputs = adapters.up.shape[1:]
+    ends = [*accumulate(adapters.sizes), *[outputs] * MOST_LAYERS]
+    return [
+        ("OUT", outputs), ("N", adapters.down.shape[1]), ("RANK", rank), ("PARTS", parts.count),
+        ("END0", ends[0]), ("END1", ends[1]), ("END2", ends[2]), ("GATED", gated), ("CHUNK", chunk),
+    ]  # fmt: skip
+
+
+def _add_wide(parts: Parts, adapters: RowAdapters, *, gated: bool) -> mx.array:
+    """Compute what `add` does on tensor cores: rows times first matrices, and that by second ones.
+
+    Rows of single tokens have adapters of their own; the others are computed 16 at a time.
+    """
+    x, down, up, slots = adapters.arrays()
+    (rows, inputs), products, outputs = x.shape, down.shape[1], up.shape[2]
+    singles = min(adapters.singles, rows - 1)
+    blocks = -(-(rows - singles) // _BLOCK_ROWS)
+    of_singles = slots[: singles + 1]  # only its size is read
+    (inner,) = launch.run(
+        "shrink_wide",
+        [x, down, slots, of_singles],
+        [("T", x.dtype)],
+        [("IN", inputs), ("N", products)],
+        threads=(singles + blocks) * _SHRINKING,
+        group=_SHRINKING,
+        shapes=[(rows, products)],
+        dtypes=[x.dtype],
+    )
+    chunk = _OUTPUTS_OF_GATES if gated else _OUTPUTS
+    blocks += -(-singles * chunk // (8 * _EXPANDING))  # a thread computes 8 outputs of a token
+    (out,) = launch.run(
+        "expand_wide",
+        [parts.array, inner, up, slots, of_singles],
+        [("T", x.dtype), ("J", parts.array.dtype)],
+        _constants(adapters, parts, chunk, gated=gated),
+        threads=blocks * _num_chunks(adapters.sizes, chunk, gated=gated) * _EXPANDING,
+        group=_EXPANDING,
+        shapes=[(rows, outputs // 2 if gated else outputs)],
         dtypes=[x.dtype],
     )
     return out
@@ -130,7 +169,6 @@ def _fits_wide(adapters: RowAdapters) -> bool:
         and adapters.up.dtype == dtype
         and adapters.down.shape[2] % _DEPTH == 0
         and all(size % _WIDTH == 0 for size in adapters.sizes)
-        and adapters.down.shape[1] <= _MOST_PRODUCTS
         and wide_verdict(dtype) is None
     )
 

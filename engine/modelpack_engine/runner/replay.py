@@ -101,7 +101,7 @@ _AT_ONCE = 8
 EARLY: frozenset[str] = frozenset({"packed_strips", "rotate", "decode", "merge", "add_norm"})
 #: Kernels that may start while this one before runs, and read all but what it writes before they
 #: wait for its end. It is never launched early itself: all before it has ended when it starts.
-EARLY_AFTER = {"adapters": "product", "adapters_norm": "product"}
+EARLY_AFTER = {"adapters": "product", "adapters_norm": "product", "expand_wide": "shrink_wide"}
 #: The last numbers of a step: the addresses of its tokens and of its draft.
 _NUM_HALVES = 8
 

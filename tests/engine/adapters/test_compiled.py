@@ -17,6 +17,7 @@ from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.buckets import FEW
 from modelpack_engine.core.scheduler import Scheduler
 from modelpack_engine.kernels import launch, operations
+from modelpack_engine.kernels.sources import text
 from modelpack_engine.layers import adapters, kernels
 from modelpack_engine.patches.lora import LINEARS, LoRALayers, Matrices
 from modelpack_engine.request import SamplingParams
@@ -194,28 +195,38 @@ def test_kernels_agree_with_mlx(host: Host, dtype: mx.Dtype) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "wrong",
+    ("body", "wrong"),
     [
-        None,
-        ("&& own[row] != own[thread]", "&& row != 0"),
-        ("own[row] == slot", "own[row] >= 0"),
-        ("low.z, high.z", "high.z, low.z"),
-        ("thread == block % ROWS", "thread == 0"),
-        ("deep ?", "true ?"),
-        ("? 0x7632u : 0x5410u", "? 0x5410u : 0x7632u"),
-        ("l * RANK + k", "k"),
-        ("tile * 8 + r", "r"),
+        ("", ("", "")),
+        ("shrink_wide", ("slots[row0 + i] != slots[row0 + i - 1]", "slots[row0 + i] > 9")),
+        ("shrink_wide", ("row >= from && row < to", "row < to")),
+        ("shrink_wide", ("(size_t)lower * IN", "(size_t)row0 * IN")),
+        ("shrink_wide", ("low.z, high.z", "high.z, low.z")),
+        ("shrink_wide", ("tile * 8 + r", "r")),
+        ("shrink_wide", ("(size_t)slot * N", "(size_t)N")),
+        ("shrink_wide", ("w < WARPS", "w < 1")),
+        ("expand_wide", ("slots[row0 + i] != slots[row0 + i - 1]", "slots[row0 + i] > 9")),
+        ("expand_wide", ("r >= from && r < to", "r < to")),
+        ("expand_wide", ("r + 8 < rows ?", "r < rows ?")),
+        ("expand_wide", ("i < 2 || deep", "true")),
+        ("expand_wide", ("? 0x7632u : 0x5410u", "? 0x5410u : 0x7632u")),
+        ("expand_wide", ("product + l * RANK + k + c", "product + k + c")),
+        ("expand_wide", ("product + l * RANK + k);", "product + k);")),
+        ("expand_wide", ("(c * 2 + i % 2) * EACH);", "c * 2 * EACH);")),
+        ("expand_wide", ("block * TOKENS + thread / LANES", "block * TOKENS")),
+        ("expand_wide", ("row < tokens && at < stop", "row < 1 && at < stop")),
     ],
 )
 def test_rows_on_tensor_cores(
-    host: Host, monkeypatch: pytest.MonkeyPatch, wrong: tuple[str, str] | None
+    host: Host, monkeypatch: pytest.MonkeyPatch, body: str, wrong: tuple[str, str]
 ) -> None:
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
-    if wrong is not None:
-        host.break_by(lambda name, text: text.replace(*wrong) if name == "adapters_wide" else text)
+    if body:
+        assert wrong[0] in text(body)
+        host.break_by(lambda name, code: code.replace(*wrong) if name == body else code)
     found = adapters.wide_verdict(mx.bfloat16)
-    assert {body for body, _ in host.calls} == {"adapters_wide"}
-    assert (found is None) if wrong is None else ("is off by" in str(found))
+    assert {name for name, _ in host.calls} == {"shrink_wide", "expand_wide"}
+    assert ("is off by" in str(found)) if body else (found is None)
 
 
 @pytest.mark.long

@@ -25,8 +25,8 @@ from tests.peers import require
 STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
 ON_TENSOR_CORES: tuple[Body, ...] = (
-    "packed", "packed_row", "packed_strips", "experts_wide", "block_tiles", "adapters_wide",
-    "delta_tiles", "delta_wide", "state_space_wide",
+    "packed", "packed_row", "packed_strips", "experts_wide", "block_tiles", "shrink_wide",
+    "expand_wide", "delta_tiles", "delta_wide", "state_space_wide",
 )  # fmt: skip
 Array = npt.NDArray[Any]
 #: An edit of a text, by its name.

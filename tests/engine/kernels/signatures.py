@@ -108,9 +108,9 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "block_values": {"weight": "uint32_t", "out": "T"},
     "adapters": {"given": "J", "x": "T", "down": "A", "up": "A", "slots": "int", "out": "T"},
-    "adapters_wide": {
-        "given": "J", "x": "T", "down": "T", "up": "T", "slots": "int", "singles": "int",
-        "out": "T",
+    "shrink_wide": {"x": "T", "down": "T", "slots": "int", "singles": "int", "out": "T"},
+    "expand_wide": {
+        "given": "J", "inner": "T", "up": "T", "slots": "int", "singles": "int", "out": "T",
     },
     "adapters_norm": {
         "a": "T", "b": "B", "weight": "W", "x": "T", "down": "A", "up": "A", "slots": "int",
