@@ -1,9 +1,9 @@
 """Write the golden files of this directory: small vocabularies, and llama.cpp's results.
 
-    MODELPACK_LLAMA_CPP_PYTHON=… python -m tests.engine.loaders.golden.make [vocabularies] [answers]
+    MODELPACK_LLAMA_CPP_PYTHON=… python -m tests.engine.loaders.golden.make [tokens] [logits]
 
-The vocabularies are trained on the corpus and on the license. They are made only once, because
-another version of the trainer may choose other merges.
+The vocabularies are trained on the corpus and on the license, with `vocabularies` as argument. They
+are made only once, because another version of the trainer may choose other merges.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def write(name: str, value: Any) -> None:
     )
 
 
-def make_answers(work: Path) -> None:
+def make_tokens(work: Path) -> None:
     texts = list(TEXTS)
     uncut, spm = Vocabulary.read("uncut"), Vocabulary.read("spm")
     files = {pre: write_vocabulary(work / f"{pre}.gguf", uncut, pre=pre) for pre in PRE_TOKENIZERS}
@@ -123,6 +123,8 @@ def make_answers(work: Path) -> None:
     tasks = [{"task": "tokenize", "model": str(path), "texts": texts} for path in files.values()]
     write("tokens", dict(zip(files, ask(tasks, work), strict=True)))
 
+
+def make_logits(work: Path) -> None:
     models_ = {name: model.write(work / f"{name}.gguf") for name, model in TINY_MODELS.items()}
     tasks = [
         {"task": "logits", "model": str(path), "prompts": [PROMPT]} for path in models_.values()
@@ -152,10 +154,12 @@ def main(wanted: set[str]) -> None:
         write("bpe", make_bpe(430))
         write("uncut", make_bpe(1800, whole_text=True))
         write("spm", make_spm())
-    if "answers" in wanted:
-        with tempfile.TemporaryDirectory() as work:
-            make_answers(Path(work))
+    with tempfile.TemporaryDirectory() as work:
+        if "tokens" in wanted:
+            make_tokens(Path(work))
+        if "logits" in wanted:
+            make_logits(Path(work))
 
 
 if __name__ == "__main__":
-    main(set(sys.argv[1:]) or {"answers"})
+    main(set(sys.argv[1:]) or {"tokens", "logits"})
