@@ -33,15 +33,25 @@ def _words(digits: str, letters: str = r"\p{L}", others: str = r"\p{L}\p{N}") ->
 
 
 # Words by case, as in OpenAI's o200k: upper letters, then lower ones.
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 
 
-def _cased(digits: str, suffix: str) -> str:
-    lead = r"[^\r\n\p{L}\p{N}]?"
+def _cased(digits: str, suffix: str, *, without: str = "", ends: str = r"[\r\n/]*") -> str:
+    """Return the pattern of o200k, or a variant of it; `without` is an intersection of classes."""
+    lead, upper, lower = r"[^\r\n\p{L}\p{N}]?", f"[{_UPPER}{without}]", f"[{_LOWER}{without}]"
     return (
-        rf"{lead}{_UPPER}*{_LOWER}+{suffix}|{lead}{_UPPER}+{_LOWER}*{suffix}|{digits}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+        rf"{lead}{upper}*{lower}+{suffix}|{lead}{upper}+{lower}*{suffix}|{digits}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+{ends}|{_SPACES}"
     )
+
+
+def _thousands(digit: str) -> tuple[str, str]:
+    """Return patterns that split a run of digits, alone in its word, into threes from its end.
+
+    The time is linear in its length. A pattern that looks ahead at each group reads the rest of
+    the run once a group.
+    """
+    return rf"\A{digit}{{1,2}}(?=(?:{digit}{{3}})++\z)", rf"{digit}{{3}}"
 
 
 _LLAMA3 = _words(r"\p{N}{1,3}")
@@ -68,6 +78,17 @@ _CASED_LETTERS = (
     "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943"
 )
 _ASIAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+# Runs of one script without spaces: Han and kana, Thai, Lao, Khmer, Burmese, Hangul.
+_SCRIPTS = (
+    "[\u4e00-\u9fff\u3040-\u30ff\u3400-\u4dbf\uf900-\ufaff\uff65-\uff9f\u2f00-\u2fdf]+"
+    "|[\u0e00-\u0e7f]+|[\u0e80-\u0eff]+|[\u1780-\u17ff]+"
+    "|[\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff]+|[\uac00-\ud7af\u1100-\u11ff]+"
+)
+# Hangul, punctuation of full width, bopomofo, Han and kana.
+_WIDE = (
+    "[\uac00-\ud7a3\u3131-\u318e]+|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u30ff]+"
+    "|[\u2014\u2018\u2019\u201c\u201d\u2026\u3001-\u303f\ufe30-\ufe4f\uff01\uff0c\uff1a\uff1b]+"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +112,16 @@ _DEEPSEEK3 = PreTokenizer((r"\p{N}{1,3}", _CJK, _DEEPSEEK3_WORDS))
 _SEED = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
 )
-_O200K = PreTokenizer((_cased(r"\p{N}{1,3}", rf"{_CONTRACTIONS}?"),))
+_O200K_WORDS = _cased(r"\p{N}{1,3}", rf"{_CONTRACTIONS}?")
+_O200K = PreTokenizer((_O200K_WORDS,))
+# Spaces between letters are a part of the word.
+_PHRASES = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|{_SPACES}"
+)
+_KIMI = r"\p{Han}+|" + _cased(
+    r"\p{N}{1,3}", rf"{_CONTRACTIONS}?", without=r"&&[^\p{Han}]", ends=r"[\r\n]*"
+)
 
 _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")): ("default", ""),
@@ -102,15 +132,23 @@ _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     _DIGITS_FIRST: (
         *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     ),
-    _LLAMA3_LIKE: ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"),
+    _LLAMA3_LIKE: (
+        *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"),
+        *("midm-2.0",),
+    ),
     PreTokenizer((_LLAMA3,)): ("dbrx", "smaug-bpe", "chatglm-bpe"),
     PreTokenizer((_LLAMA3,), whole_words=True): ("glm4",),
     _QWEN2_LIKE: (
         *("qwen2", "deepseek-r1-qwen", "stablelm2", "hunyuan", "megrez", "solar-open"),
+        *("kormo", "f2llmv2"),
         *("bailingmoe", "bailingmoe2", "llada-moe"),  # differ in writing only: \s*[\r\n]
     ),
     PreTokenizer((_words(r"\p{N}", r"[\p{L}\p{M}]", r"\p{L}\p{M}\p{N}"),)): ("qwen35",),
-    _DEEPSEEK3: ("deepseek-v3", "hunyuan-dense"),
+    # Without contractions: Turkish words have suffixes after apostrophes.
+    PreTokenizer((_QWEN2.removeprefix(f"{_CONTRACTIONS}|"),)): ("ufakzeka",),
+    PreTokenizer((r"\p{N}{1,3}", _words(r"\p{N}+")), whole_words=True): ("minicpm5",),
+    _DEEPSEEK3: ("deepseek-v3", "hunyuan-dense", "joyai-llm"),
+    PreTokenizer((r"\p{Nd}+", *_thousands(r"\p{Nd}"), _SCRIPTS, _DEEPSEEK3_WORDS)): ("afmoe",),
     PreTokenizer(
         (
             r"[\r\n]",
@@ -125,7 +163,18 @@ _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")): ("falcon",),
     PreTokenizer((_cased(r"\p{N}", ""),), whole_words=True, add_bos=True): ("tekken",),
     PreTokenizer((_SEED,)): ("seed-coder",),
-    _O200K: ("gpt-4o", "llama4", "kanana2"),
+    _O200K: ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
+    # Digits before a letter are split from their start.
+    PreTokenizer((r"(?<!\d)\d++\b", _thousands(r"\d")[0], r"\p{N}{1,3}", _O200K_WORDS)): (
+        "tiny_aya",
+    ),
+    PreTokenizer((_WIDE, _cased(r"\p{N}", rf"{_CONTRACTIONS}?")), whole_words=True): ("youtu",),
+    PreTokenizer((_KIMI,)): ("kimi-k2",),
+    PreTokenizer((_PHRASES,)): ("exaone-moe",),
+    # BLOOM's words.
+    PreTokenizer((" ?[^(\\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+", r"\p{N}")): (
+        "viking",
+    ),
 }
 
 #: Pre-tokenisers by the value of `tokenizer.ggml.pre`; "" is for files without that value.

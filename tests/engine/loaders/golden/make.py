@@ -33,11 +33,13 @@ from tests.engine.loaders.vocabularies import (
 
 ROOT = Path(__file__).parents[4]
 
-#: The pre-tokenisers to compare, one of each kind.
+#: The pre-tokenisers to compare: one of each kind, and some that share a kind.
 PRE_TOKENIZERS = (
     *("default", "gpt-2", "smollm", "llama-bpe", "qwen2", "qwen35", "deepseek-llm"),
     *("deepseek-coder", "deepseek-v3", "falcon", "starcoder", "dbrx", "glm4", "command-r"),
-    *("tekken", "gpt-4o", "seed-coder", "bailingmoe2"),
+    *("tekken", "gpt-4o", "seed-coder", "bailingmoe2", "afmoe", "exaone-moe", "minimax-m2"),
+    *("kimi-k2", "youtu", "joyai-llm", "tiny_aya", "midm-2.0", "kormo", "f2llmv2", "minicpm5"),
+    *("ufakzeka", "viking"),
 )
 _CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _DEFINED = ["<tool>", "</tool>"]
