@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import gguf
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 
 from modelpack_engine.models import gguf_blocks
 from modelpack_engine.models.gguf_file import GGUFTensor
+from modelpack_engine.models.gguf_tokenizer import PRE_TOKENIZERS
 from tests.engine.loaders.blocks import random_blocks
-from tests.engine.loaders.corpus import TEXTS
+from tests.engine.loaders.corpus import PIECES, TEXTS
 from tests.engine.loaders.llama_cpp_peer import ask
 from tests.engine.loaders.test_architectures import distance
-from tests.engine.loaders.test_tokenizers import ANSWERS, BYTE_LEVEL
+from tests.engine.loaders.test_tokenizers import ANSWERS, BYTE_LEVEL, SIMPLIFIED, read
 from tests.engine.loaders.tiny_models import PROMPT, TINY_MODELS
 from tests.engine.loaders.vocabularies import Vocabulary, golden, write_vocabulary
 
@@ -29,6 +31,25 @@ def test_recorded_token_ids(tmp_path: Path) -> None:
     assert dict(zip(BYTE_LEVEL, ask(tasks, tmp_path), strict=True)) == {
         name: ANSWERS[name] for name in BYTE_LEVEL
     }
+
+
+# The ranges of scripts in these patterns contain spaces, which llama.cpp takes out.
+_WITH_SPACES = ("deepseek-llm", "deepseek-coder")
+
+
+@pytest.mark.long
+def test_ids_of_random_texts(tmp_path: Path) -> None:
+    random = Random(1)
+    texts = ["".join(random.choices(PIECES, k=8)) for _ in range(100)]
+    vocabulary = Vocabulary.of_parts(texts, longest=10)
+    exact = [name for name in BYTE_LEVEL if name not in {*SIMPLIFIED, *_WITH_SPACES}]
+    names = {PRE_TOKENIZERS[name]: name for name in exact}.values()
+    files = [write_vocabulary(tmp_path / f"{name}.gguf", vocabulary, pre=name) for name in names]
+    tasks = [{"task": "tokenize", "model": str(file), "texts": texts} for file in files]
+    for file, answer in zip(files, ask(tasks, tmp_path), strict=True):
+        tokenizer = read(file)
+        for text, ids in zip(texts, answer["ids"], strict=True):
+            assert tokenizer.encode(text, add_special_tokens=False) == ids, (file.stem, text)
 
 
 @pytest.mark.long

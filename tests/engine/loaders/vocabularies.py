@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gguf
+from tokenizers import pre_tokenizers
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,6 +39,25 @@ class Vocabulary:
     @classmethod
     def read(cls, name: str) -> Vocabulary:
         return cls(**golden(name))
+
+    @classmethod
+    def of_parts(cls, texts: Iterable[str], longest: int) -> Vocabulary:
+        """Return a vocabulary of bytes and of all parts of `texts` up to `longest` bytes.
+
+        Each part merges from any two, so a token ends where the text was split, or at `longest`.
+        """
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokens = dict.fromkeys(["<|im_start|>", "<|im_end|>", *sorted(split.alphabet())])
+        merges: list[list[str]] = [[] for _ in range(longest + 1)]
+        for text in texts:
+            ((raw, _),) = split.pre_tokenize_str(text)
+            for start, size in product(range(len(raw)), range(2, longest + 1)):
+                part = raw[start : start + size]
+                if part not in tokens:
+                    tokens[part] = None
+                    merges[len(part)] += [f"{part[:at]} {part[at:]}" for at in range(1, len(part))]
+        types = [CONTROL] * 2 + [NORMAL] * (len(tokens) - 2)
+        return cls("gpt2", list(tokens), types, [merge for same in merges for merge in same])
 
     def id(self, token: str) -> int:
         return self.tokens.index(token)
