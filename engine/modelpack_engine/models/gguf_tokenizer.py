@@ -260,6 +260,8 @@ def _named(metadata: Metadata, pieces: Sequence[str], keys: Sequence[str], usual
     return usual
 
 
+# The pre-tokeniser of files whose tokens are SentencePiece's, with merges instead of scores.
+_SARVAM = "sarvam-moe"
 _TEMPLATE = "tokenizer.chat_template"
 
 # The most characters of a token; known vocabularies have up to 512.
@@ -323,7 +325,7 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
     vocabulary = _vocabulary(metadata)
     if kind == "bert":
         return wordpiece_of(metadata, vocabulary.tokens, vocabulary.types)
-    if kind == "gpt2":
+    if kind == "gpt2" and metadata.text(f"{_KEY}pre", "") != _SARVAM:
         pre_tokenizer = _pre_tokenizer(metadata)
         backend = _byte_level(metadata, vocabulary, pre_tokenizer)
         text, add_bos, prefix = TokenText.BYTE_LEVEL, pre_tokenizer.add_bos, False
@@ -332,9 +334,9 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
         merges = _merges_by_score(metadata, vocabulary)
         backend = _sentencepiece(metadata, vocabulary, merges, prefix)
         text, add_bos = TokenText.SENTENCEPIECE, True
-    elif kind == "gemma4":
+    elif kind in ("gemma4", "gpt2"):
         backend = _sentencepiece(metadata, vocabulary, _merges(metadata, vocabulary), False)
-        text, add_bos, prefix = TokenText.SENTENCEPIECE, True, False
+        text, add_bos, prefix = TokenText.SENTENCEPIECE, kind == "gemma4", False
     else:
         raise metadata.error(
             f"the tokenizer {kind[:100]!r} is not supported, expected gpt2, llama, gemma4 or bert",

@@ -37,7 +37,7 @@ TEXTS = (
     "a b c d e f g h i j k l m n o p q r s t u v w x y z",
     "line one\nline two\n\n\nline five   \n   indented",
     "1  12   123    1234     12345",
-    "Ankara'da, Ali'nin, give'm 'to, O'tool",
+    "Ankara'da, Ali'nin, give'm 'to, O'tool.\n\n\n",
     "\u0000\u0001\u001b[0m\u007f\ufffd\ufeff",
 )
 

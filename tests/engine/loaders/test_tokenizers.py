@@ -30,7 +30,7 @@ from tests.engine.loaders.vocabularies import (
 )
 
 ANSWERS: dict[str, Any] = golden("tokens")
-_OTHER_KINDS = ("spm", "spm-no-prefix", "gemma4", "smollm2")
+_OTHER_KINDS = ("spm", "spm-no-prefix", "gemma4", "sarvam-moe", "smollm2")
 BYTE_LEVEL = [name for name in ANSWERS if name not in _OTHER_KINDS]
 # llama.cpp simplifies the patterns of some models; ours are the models' own. The texts where that
 # shows, by their first words: marks of letters, words by case, letters or spaces beside digits,
@@ -59,9 +59,9 @@ def small(name: str, tmp_path: Path) -> Tokenizer:
     if name == "spm-no-prefix":
         flags = {"add_space_prefix": False, "add_bos_token": False}
         return read(write_vocabulary(path, Vocabulary.read("spm"), pre="default", **flags))
-    if name == "gemma4":
-        vocabulary = Vocabulary.read("spm").with_merges("gemma4")
-        return read(write_vocabulary(path, vocabulary, pre="gemma4"))
+    if name in ("gemma4", "sarvam-moe"):
+        vocabulary = Vocabulary.read("spm").with_merges("gemma4" if name == "gemma4" else "gpt2")
+        return read(write_vocabulary(path, vocabulary, pre=name))
     return read(write_vocabulary(path, Vocabulary.read("uncut"), pre=name))
 
 
@@ -80,7 +80,7 @@ def check(tokenizer: Tokenizer, answer: dict[str, Any], simplified: tuple[str, .
     assert sum((at + 1) * sum(piece) for at, piece in enumerate(pieces)) == answer["pieces"]
 
 
-@pytest.mark.parametrize("name", [*BYTE_LEVEL, *_OTHER_KINDS[:3]])
+@pytest.mark.parametrize("name", [*BYTE_LEVEL, *_OTHER_KINDS[:-1]])
 def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
     check(small(name, tmp_path), ANSWERS[name], SIMPLIFIED.get(name, ()))
 
@@ -92,7 +92,7 @@ def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
         *(("kimi-k2", "gpt-4o"), ("youtu", "gpt-4o"), ("joyai-llm", "deepseek-llm")),
         *(("tiny_aya", "command-r"), ("midm-2.0", "gpt-2"), ("kormo", "llama-bpe")),
         *(("f2llmv2", "qwen35"), ("minicpm5", "llama-bpe"), ("ufakzeka", "qwen2")),
-        ("viking", "gpt-2"),
+        *(("viking", "gpt-2"), ("sarvam-moe", "gemma4")),
     ],
 )
 def test_another_pre_tokenizer_is_found(name: str, other: str, tmp_path: Path) -> None:
@@ -117,12 +117,19 @@ def words(patterns: tuple[str, ...], text: str) -> list[str]:
             ("kimi-k2",),
             ["東京", "の", "々", " हिन्दी", " ", "123", "4", " camel", "Case's", "/\n", "/"],
         ),
-        (("youtu",), ["東京の", "。", "한글", " ", "1", "2", " camel", "Case's", "/\n"]),
+        (
+            ("youtu",),
+            ["東京の", "。", "한글", "ㄅㄆ", "x", " ", "1", "2", " camel", "Case's", "—", "/\n"],
+        ),
         (("tiny_aya",), ["1", "234", "  ", "123", "4", "km", " ", "56", "_", " camel", "Case's"]),
-        (("afmoe",), ["ภาษา", "東京の", "한글", "1", "234", "  ", "1", "234", "½x"]),
+        (
+            ("afmoe",),
+            ["ภาษา", "東京", "a", "ລາວ", "b", "한글", "c", "ខ្មែរ", "1", "234", "  ", "1", "½d"],
+        ),
+        (("viking",), ["Hei", ",", " Åbo", "1", "2", "।", "x", "۔", "y", "(", "z'", "…", " {"]),
     ],
 )
-def test_words_of_simplified_patterns(names: tuple[str, ...], expected: list[str]) -> None:
+def test_words_of_the_models_own_patterns(names: tuple[str, ...], expected: list[str]) -> None:
     for name in names:
         assert words(PRE_TOKENIZERS[name].patterns, "".join(expected)) == expected
 
@@ -132,7 +139,7 @@ _ALPHABET = st.text("0123456789 \n_aZ.½٣ก中", max_size=30)
 
 @given(text=_ALPHABET)
 def test_groups_of_digits(text: str) -> None:
-    """Patterns that read digits twice split as the models' own, which look ahead at each group."""
+    """Patterns that read digits twice split as those that look ahead at each group."""
     own = (r"\d{1,3}(?=(?:\d{3})*\b)", *PRE_TOKENIZERS["gpt-4o"].patterns)
     assert words(PRE_TOKENIZERS["tiny_aya"].patterns, text) == words(own, text)
     own = (r"\p{Nd}{1,3}(?=(?:\p{Nd}{3})*(?!\p{Nd}))", *PRE_TOKENIZERS["afmoe"].patterns[3:])
@@ -156,7 +163,7 @@ def test_pre_tokenizers_differ() -> None:
 #: The pre-tokenisers of published files of each architecture; "" is another kind of tokenizer.
 USUAL = {
     "afmoe": "afmoe",
-    "bailingmoe2": "bailingmoe2",
+    "bailingmoe2": "bailingmoe2 sarvam-moe",
     "chatglm": "chatglm-bpe",
     "cohere2": "command-r tiny_aya",
     "command-r": "command-r",
@@ -229,7 +236,7 @@ def test_the_usual_pre_tokenizers_of_all_architectures_are_known() -> None:
     variants = {name for name, *_ in VARIANTS}
     assert USUAL.keys() == ARCHITECTURES.keys() | variants | WITH_AXES.keys()
     for architecture, names in USUAL.items():
-        assert set(names.split()) <= PRE_TOKENIZERS.keys(), architecture
+        assert set(names.split()) <= {*PRE_TOKENIZERS, "sarvam-moe"}, architecture
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "spm", "spm-no-prefix", "gemma4"])

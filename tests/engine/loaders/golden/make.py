@@ -121,6 +121,9 @@ def make_tokens(work: Path) -> None:
     files["gemma4"] = write_vocabulary(
         work / "gemma4.gguf", spm.with_merges("gemma4"), pre="gemma4"
     )
+    files["sarvam-moe"] = write_vocabulary(
+        work / "sarvam.gguf", spm.with_merges("gpt2"), pre="sarvam-moe"
+    )
     files["smollm2"] = smollm2_gguf()
     tasks = [{"task": "tokenize", "model": str(path), "texts": texts} for path in files.values()]
     write("tokens", dict(zip(files, ask(tasks, work), strict=True)))
