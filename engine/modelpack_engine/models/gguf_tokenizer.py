@@ -127,7 +127,7 @@ _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")): ("default", ""),
     _PLAIN: (
         *("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais"),
-        *("trillion", "granite-docling"),
+        *("trillion", "granite-docling", "roberta-bpe"),
     ),
     _DIGITS_FIRST: (
         *("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
@@ -262,6 +262,8 @@ def _named(metadata: Metadata, pieces: Sequence[str], keys: Sequence[str], usual
 
 # The pre-tokeniser of files whose tokens are SentencePiece's, with merges instead of scores.
 _SARVAM = "sarvam-moe"
+# The only one of a model that reads pairs of texts, with a separator between them.
+_ROBERTA = "roberta-bpe"
 _TEMPLATE = "tokenizer.chat_template"
 
 # The most characters of a token; known vocabularies have up to 512.
@@ -325,7 +327,8 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
     vocabulary = _vocabulary(metadata)
     if kind == "bert":
         return wordpiece_of(metadata, vocabulary.tokens, vocabulary.types)
-    if kind == "gpt2" and metadata.text(f"{_KEY}pre", "") != _SARVAM:
+    pre = metadata.text(f"{_KEY}pre", "")
+    if kind == "gpt2" and pre != _SARVAM:
         pre_tokenizer = _pre_tokenizer(metadata)
         backend = _byte_level(metadata, vocabulary, pre_tokenizer)
         text, add_bos, prefix = TokenText.BYTE_LEVEL, pre_tokenizer.add_bos, False
@@ -355,13 +358,17 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
     }
     before = named.get("bos_token") if metadata.flag(f"{_KEY}add_bos_token", add_bos) else None
     after = named.get("eos_token") if metadata.flag(f"{_KEY}add_eos_token", False) else None
-    added = [token for token in (before, after) if token is not None]
+    sep = _special_id(metadata, "seperator", vocabulary) if pre == _ROBERTA else None
+    between = None if sep is None else vocabulary.tokens[sep]
+    added = [token for token in (before, after, between) if token is not None]
     check_surrounding(metadata, *added)
     if added:
         ids = vocabulary.ids()
+        pair = (before, "$A", after, between, "$B", after)
         backend.post_processor = processors.TemplateProcessing(
             single=[token for token in (before, "$A", after) if token is not None],
-            special_tokens=[(token, ids[token]) for token in added],
+            pair=[token for token in pair if token is not None],
+            special_tokens=[(token, ids[token]) for token in dict.fromkeys(added)],
         )
     return Tokenizer(
         backend,

@@ -14,11 +14,23 @@ import gguf
 import mlx.core as mx
 import numpy as np
 
+from tests.engine.loaders.vocabularies import Vocabulary
+
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def convert(source: Path, target: Path, *, half: bool = False, pooling: int = 1) -> Path:
-    """Write the model in the directory `source` as a GGUF file; return `target`."""
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    half: bool = False,
+    pooling: int = 1,
+    byte_level: Vocabulary | None = None,
+) -> Path:
+    """Write the model in the directory `source` as a GGUF file; return `target`.
+
+    `byte_level` is written as RoBERTa's vocabulary, instead of the WordPiece of `source`.
+    """
     config = json.loads((source / "config.json").read_text())
     nomic = config["model_type"] == "nomic_bert"
     kind = gguf.MODEL_ARCH.NOMIC_BERT if nomic else gguf.MODEL_ARCH.BERT
@@ -39,7 +51,10 @@ def convert(source: Path, target: Path, *, half: bool = False, pooling: int = 1)
         writer.add_rope_freq_base(config["rotary_emb_base"])
     writer.add_causal_attention(False)
     writer.add_pooling_type(gguf.PoolingType(pooling))
-    _add_vocabulary(writer, source)
+    if byte_level is None:
+        _add_vocabulary(writer, source)
+    else:
+        add_roberta(writer, byte_level)
     names = gguf.get_tensor_name_map(kind, num_layers)
     for name, array in mx.load(str(source / "model.safetensors")).items():
         if name.endswith("position_ids") or name.startswith("pooler."):
@@ -55,6 +70,15 @@ def convert(source: Path, target: Path, *, half: bool = False, pooling: int = 1)
     writer.write_tensors_to_file()
     writer.close()
     return target
+
+
+def add_roberta(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Write a byte-level vocabulary whose texts begin and end with special tokens."""
+    vocabulary.add_to(writer, pre="roberta-bpe", special=("bos", "eos"))
+    writer.add_sep_token_id(vocabulary.id("<|im_end|>"))
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    writer.add_token_type_count(2)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, source: Path) -> None:

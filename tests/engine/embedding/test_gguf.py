@@ -22,6 +22,7 @@ from tests.engine.embedding.gguf_models import convert
 from tests.engine.embedding.models import golden, write_model, write_nomic
 from tests.engine.loaders.llama_cpp_peer import ask
 from tests.engine.loaders.tiny_models import PROMPT, TINY_MODELS
+from tests.engine.loaders.vocabularies import Vocabulary
 
 SENTENCES = golden("minilm")["sentences"]
 WANTED = np.array(golden("minilm")["vectors"])
@@ -90,6 +91,21 @@ def test_the_vectors_of_llama_cpp(name: str, tmp_path: Path) -> None:
     assert isinstance(model, Embedder)
     got = np.array(model.embed(tiny_texts()).vectors)
     assert np.abs(got - np.array(answer["vectors"])).max() < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.peer("llama-cpp-python")
+def test_the_vectors_of_llama_cpp_with_robertas_tokenizer(tmp_path: Path) -> None:
+    vocabulary = Vocabulary.read("bpe")
+    count, name = len(vocabulary.tokens), "embeddings.word_embeddings.weight"
+    rows = np.random.default_rng(0).normal(size=(count, 32)).astype(np.float32)
+    source = write_model(tmp_path, "bert", config={"vocab_size": count}, extra={name: rows})
+    path = convert(source, tmp_path / "m.gguf", byte_level=vocabulary)
+    texts = ["Hello world", " I've 12  dogs", "naïve 東京"]
+    (answer,) = ask([{"task": "embed", "model": str(path), "texts": texts}], tmp_path)
+    model = load(path)
+    assert isinstance(model, Embedder)
+    assert np.abs(np.array(model.embed(texts).vectors) - np.array(answer["vectors"])).max() < 1e-3
 
 
 def test_nomic_bert_needs_a_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

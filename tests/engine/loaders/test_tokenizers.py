@@ -19,6 +19,7 @@ from modelpack_engine.models import ModelFiles, Tokenizer, json_tokenizer
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS, WITH_AXES
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_of
+from tests.engine.embedding.gguf_models import add_roberta
 from tests.engine.loaders.corpus import TEXTS
 from tests.engine.loaders.vocabularies import (
     CONTROL,
@@ -92,7 +93,7 @@ def test_ids_are_those_of_llama_cpp(name: str, tmp_path: Path) -> None:
         *(("kimi-k2", "gpt-4o"), ("youtu", "gpt-4o"), ("joyai-llm", "deepseek-llm")),
         *(("tiny_aya", "command-r"), ("midm-2.0", "gpt-2"), ("kormo", "llama-bpe")),
         *(("f2llmv2", "qwen35"), ("minicpm5", "llama-bpe"), ("ufakzeka", "qwen2")),
-        *(("viking", "gpt-2"), ("sarvam-moe", "gemma4")),
+        *(("viking", "gpt-2"), ("roberta-bpe", "qwen2"), ("sarvam-moe", "gemma4")),
     ],
 )
 def test_another_pre_tokenizer_is_found(name: str, other: str, tmp_path: Path) -> None:
@@ -293,6 +294,18 @@ def test_bos_and_eos_are_added_where_the_file_says_so(tmp_path: Path) -> None:
     assert both.bos == bos
     none = read(write_vocabulary(path, vocabulary, pre="llama-bpe", add_bos_token=False))
     assert none.encode("") == []
+
+
+def test_pairs_are_those_of_roberta(tmp_path: Path) -> None:
+    """Both texts have an end, and a separator is between them: <s>a</s></s>b</s>."""
+    vocabulary = Vocabulary.read("bpe")
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "bert")
+    add_roberta(writer, vocabulary)
+    finish(writer)
+    bos, eos, a, b = map(vocabulary.id, ("<|im_start|>", "<|im_end|>", "a", "b"))
+    tokenizer = read(tmp_path / "v.gguf")
+    assert tokenizer.encode("a") == [bos, a, eos]
+    assert tokenizer.encode_typed("a", "b") == ([bos, a, eos, eos, b, eos], [0] * 6)
 
 
 @pytest.mark.parametrize(("kind", "ends"), [(NORMAL, False), (CONTROL, True)])

@@ -39,7 +39,7 @@ PRE_TOKENIZERS = (
     *("deepseek-coder", "deepseek-v3", "falcon", "starcoder", "dbrx", "glm4", "command-r"),
     *("tekken", "gpt-4o", "seed-coder", "bailingmoe2", "afmoe", "exaone-moe", "minimax-m2"),
     *("kimi-k2", "youtu", "joyai-llm", "tiny_aya", "midm-2.0", "kormo", "f2llmv2", "minicpm5"),
-    *("ufakzeka", "viking"),
+    *("ufakzeka", "viking", "roberta-bpe"),
 )
 _CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _DEFINED = ["<tool>", "</tool>"]
