@@ -70,7 +70,9 @@ Prefixes of these models are shared up to a snapshot of their state
 The columns mean the following; numbers refer to the [reasons](#reasons):
 
 - **GGUF** names the architectures of GGUF files that run with this class; their logits are
-  compared with llama.cpp's ([tests/engine/loaders](../tests/engine/loaders)).
+  compared with llama.cpp's ([tests/engine/loaders](../tests/engine/loaders)), and so are the words
+  that their usual tokenizers split. Where llama.cpp simplifies the patterns of a model's
+  tokenizer.json, the model's own are used.
 - **prefixes**: equal beginnings of prompts are [computed once](engine.md#prefix-caching).
 - **offload**: [evicted prefixes](kv-offload.md) are kept in memory and files, and restored after a
   restart.
