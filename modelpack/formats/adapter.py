@@ -44,7 +44,8 @@ class Target:
 
     `module` is the module's path in the base, as the adapter's format names it. `a` is stored as
     [rank, inputs] and `b` as [outputs, rank]; if `transposed`, both are stored the other way round
-    (mlx-lm). `experts` is the number of experts that the tensors are stacked for.
+    (mlx-lm). `experts` is the number of experts that the tensors are stacked for. If
+    `conv1d`, files of the base may have its weight as [inputs, outputs] (GPT-2).
     """
 
     module: str
@@ -58,6 +59,7 @@ class Target:
     transposed: bool = False
     embedding: bool = False
     experts: int | None = None
+    conv1d: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class _Reader:
 #: Fields of PEFT's LoraConfig that change the output and that nothing here computes.
 _PEFT_REFUSED: Final = (
     "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
-    "alora_invocation_tokens", "fan_in_fan_out", "lora_bias", "use_qalora", "megatron_config",
+    "alora_invocation_tokens", "lora_bias", "use_qalora", "megatron_config",
     "arrow_config", "use_bdlora",
 )  # fmt: skip
 _PEFT_PREFIX: Final = "base_model.model."
@@ -269,6 +271,8 @@ class _Peft(_Reader):
                 module, own, a.shape[1], b.shape[0], scale, a.name, b.name,
                 vector.name if vector is not None else None,
                 embedding="embedding" in a.name,
+                # A and B are those of a linear layer: only the base's weight is stored transposed.
+                conv1d=bool(fields.get("fan_in_fan_out")),
             )  # fmt: skip
             if fields.get("use_dora") and vector is None:
                 raise self.fault(f"{module}: use_dora is set, but it has no magnitude")
@@ -475,6 +479,8 @@ def check_base(adapter: Adapter, tensors: Iterable[TensorInfo], *, format: str) 
         wanted = (target.outputs, target.inputs)
         if target.embedding:
             wanted = (target.inputs, target.outputs)
+        if target.conv1d and shape == wanted[::-1]:
+            continue
         if len(shape) != 2 or shape[0] != wanted[0] or (name not in packed and shape != wanted):
             raise AdapterError(
                 f"{target.module}: the adapter is for a weight of shape {list(wanted)}, but the "

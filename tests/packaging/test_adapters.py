@@ -287,6 +287,23 @@ def test_wrong_base(
         modelpack.inspect("team/adapter:v1", store=store)
 
 
+def test_base_of_conv1d(tmp_path: Path) -> None:
+    """GPT-2's weights are stored as [inputs, outputs]; PEFT says so by `fan_in_fan_out`."""
+    store = modelpack.Store(tmp_path / "store")
+    base = tiny_base(tmp_path / "base", {name: shape[::-1] for name, shape in TARGETS.items()})
+    modelpack.package("team/base:v1", modelpack.PackageRequest(safetensors_dir=base), store=store)
+    for number, fields in enumerate(({"fan_in_fan_out": True}, {})):
+        path = write_peft(tmp_path / str(number), **fields)
+        if fields:
+            package_adapter("team/adapter:v1", path, "team/base:v1", store=store)
+            continue
+        with pytest.raises(AdapterError, match="but the base has"):
+            package_adapter("team/other:v1", path, "team/base:v1", store=store)
+    wrong = write_peft(tmp_path / "wrong", {MODULE: (8, 5)}, fan_in_fan_out=True)
+    with pytest.raises(AdapterError, match="but the base has"):
+        package_adapter("team/other:v1", wrong, "team/base:v1", store=store)
+
+
 def test_gguf_adapter_of_safetensors(store: modelpack.Store, tmp_path: Path) -> None:
     """Its tensors have names of their own: only layers are compared."""
     file = write_gguf(tmp_path / "lora.gguf", {"blk.0.attn_q": (8, 4)})
