@@ -32,6 +32,9 @@ MLX_WEIGHTS: Final = "adapters.safetensors"
 MAX_RANK: Final = 4096
 
 AdapterFormat = Literal["peft", "mlx", "gguf"]
+#: How the matrices of a target are stored: those of a module, or PEFT's of a parameter that holds
+#: all experts, of which PEFT before 0.19.1 may have exchanged the inputs and outputs.
+Layout = Literal["module", "parameter", "old parameter"]
 
 
 class AdapterError(FormatError):
@@ -46,6 +49,10 @@ class Target:
     [rank, inputs] and `b` as [outputs, rank]; if `transposed`, both are stored the other way round
     (mlx-lm). `experts` is the number of experts that the tensors are stacked for. If
     `conv1d`, files of the base may have its weight as [inputs, outputs] (GPT-2).
+
+    With another `layout` than `module`, `module` is the path of a parameter of experts, such as
+    `layers.0.mlp.experts.gate_up_proj`. Then `a` is [experts * rank, inputs], expert by expert,
+    and `b` [outputs, rank * experts], where the experts of a rank follow each other.
     """
 
     module: str
@@ -60,6 +67,7 @@ class Target:
     embedding: bool = False
     experts: int | None = None
     conv1d: bool = False
+    layout: Layout = "module"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +221,7 @@ class _Reader:
 
 #: Fields of PEFT's LoraConfig that change the output and that nothing here computes.
 _PEFT_REFUSED: Final = (
-    "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters",
+    "modules_to_save", "layer_replication", "trainable_token_indices",
     "alora_invocation_tokens", "lora_bias", "use_qalora", "megatron_config",
     "arrow_config", "use_bdlora",
 )  # fmt: skip
@@ -224,6 +232,14 @@ _PEFT_NAME: Final = re.compile(
 )
 #: Initialisations that change the weights of the base too, unless PEFT converts what it saves.
 _PEFT_CHANGES_BASE: Final = ("pissa", "olora", "corda", "lora_ga")
+
+
+#: Parameters of experts, in the order in which PEFT wraps them, and the module that has them.
+_PARAMETERS: Final = ("gate_up_proj", "up_proj", "down_proj")
+_EXPERTS: Final = ".experts"
+_WRAPPED: Final = ".base_layer"
+#: Since this version, A has the inputs of a parameter and B the outputs.
+_ORDERED_SINCE: Final = (0, 19, 1)
 
 
 class _Peft(_Reader):
@@ -253,24 +269,35 @@ class _Peft(_Reader):
             self.number(fields.get("lora_alpha", 8), "lora_alpha"),
         )
         ranks, alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+        groups = self.grouped(tensors, _peft_parts)
+        parameters, layout = self._parameters(groups), self._layout()
         targets = []
-        for module, parts in self.grouped(tensors, _peft_parts).items():
+        for wrapper, parts in groups.items():
+            module = parameters.get(wrapper, wrapper)
             a, b = self.pair(module, parts)
             if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
                 raise self.fault(
                     f"{module}: A has shape {list(a.shape)} and B {list(b.shape)}, expected "
                     "[rank, inputs] and [outputs, rank]"
                 )
-            own = self.whole(_pattern(ranks, module, rank), "rank_pattern")
-            if a.shape[0] != own:
-                raise self.fault(f"{module}: the rank is {a.shape[0]}, expected {own}")
-            strength = self.number(_pattern(alphas, module, alpha), "alpha_pattern")
+            weight = f"{module}.weight"
+            named = weight if self._is_parameter(weight) else module
+            own = self.whole(_pattern(ranks, named, rank), "rank_pattern")
+            experts = a.shape[0] // own if wrapper in parameters else None
+            if a.shape[0] != own * (experts or 1):
+                raise self.fault(
+                    f"{module}: the rank is {a.shape[0]}, expected {own}"
+                    + (" or a multiple of it" if wrapper in parameters else "")
+                )
+            strength = self.number(_pattern(alphas, named, alpha), "alpha_pattern")
             scale = strength / (math.sqrt(own) if fields.get("use_rslora") else own)
             vector = parts.get("magnitude")
             target = Target(
                 module, own, a.shape[1], b.shape[0], scale, a.name, b.name,
                 vector.name if vector is not None else None,
                 embedding="embedding" in a.name,
+                experts=experts,
+                layout=layout if wrapper in parameters else "module",
                 # A and B are those of a linear layer: only the base's weight is stored transposed.
                 conv1d=bool(fields.get("fan_in_fan_out")),
             )  # fmt: skip
@@ -279,6 +306,51 @@ class _Peft(_Reader):
             self._check_copy(target, parts.get("base"))
             targets.append(self.checked(target, parts))
         return _Read("peft", self.base("base_model_name_or_path"), tuple(targets))
+
+    def _is_parameter(self, path: str) -> bool:
+        """Return whether `target_parameters` names a parameter."""
+        targets = self.fields.get("target_parameters") or ()
+        return any(path == target or path.endswith(f".{target}") for target in targets)
+
+    def _parameters(self, modules: Iterable[str]) -> dict[str, str]:
+        """Return the paths of the parameters of experts, by the names that PEFT's wrappers have.
+
+        A wrapper of a second parameter holds that of the first as `base_layer`. Other parameters
+        are weights of modules, whose matrices are those of the modules.
+        """
+        targets = self.fields.get("target_parameters") or []
+        if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
+            raise self.error("target_parameters is not a list of names")
+        for each in targets:
+            if each.rpartition(".")[2] not in (*_PARAMETERS, "weight"):
+                raise self.error(
+                    f"target_parameters has {each[:100]!r}, expected weights, "
+                    f"{', '.join(_PARAMETERS)}",
+                    hint="merge the adapter into its base with peft",
+                )
+        wrappers: dict[str, list[str]] = {}
+        for module in modules:
+            stem = module.replace(_WRAPPED, "")
+            if stem.endswith(_EXPERTS):
+                wrappers.setdefault(stem, []).append(module)
+        found: dict[str, str] = {}
+        for stem, names in wrappers.items():
+            paths = [f"{stem}.{part}" for part in _PARAMETERS]
+            paths = [path for path in paths if self._is_parameter(path)]
+            nested = [stem + _WRAPPED * depth for depth in reversed(range(len(paths)))]
+            if set(names) != set(nested):
+                raise self.fault(
+                    f"{stem}: has matrices of {len(names)} parameters, but target_parameters "
+                    f"names {len(paths)}"
+                )
+            found |= dict(zip(nested, paths, strict=True))
+        return found
+
+    def _layout(self) -> Layout:
+        """Return how this version of PEFT, the first of which wrote none, stores parameters."""
+        version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(self.fields.get("peft_version")))
+        is_old = version is None or tuple(map(int, version.groups())) < _ORDERED_SINCE
+        return "old parameter" if is_old else "parameter"
 
     def _patterns(self, name: str) -> Mapping[str, Any]:
         """Return a table by names of modules; those that PEFT takes as expressions are refused."""
@@ -313,13 +385,16 @@ def _peft_parts(name: str) -> tuple[str, str] | None:
     return found["module"], part.lower()
 
 
-#: A module's path or its end; after ^ only the whole path.
-_PATTERN: Final = re.compile(r"\^?[\w.]+\Z")
+#: A module's path or its end; after ^ only the whole path. PEFT writes `.*\.NAME` itself for
+#: parameters of experts that were modules in older checkpoints.
+_ANY: Final = ".*\\."
+_PATTERN: Final = re.compile(r"(?:\^|\.\*\\\.)?[\w.]+\Z")
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value of the first pattern that is `module` or its end."""
     for pattern, value in patterns.items():
+        pattern = pattern.removeprefix(_ANY)
         if module == pattern.removeprefix("^") or module.endswith(f".{pattern}"):
             return value
     return default

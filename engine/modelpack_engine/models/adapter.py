@@ -2,7 +2,8 @@
 
 `read_layers` finds the layer of each target by its name, compares the shapes, and returns the
 matrices as `patches.lora` multiplies with them. Experts that are modules of their own in the
-adapter are stacked, as mlx-lm stacks their weights. `merge` adds the matrices to the weights.
+adapter are stacked, as mlx-lm stacks their weights; those that are one parameter of transformers
+are divided into mlx-lm's layers. `merge` adds the matrices to the weights.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from modelpack.formats.adapter import Adapter, AdapterError, Target, canonical
 from modelpack_engine.layers.blocks import BLOCK_LAYERS
@@ -33,6 +36,13 @@ from modelpack_engine.patches.lora import (
 _EXPERT: Final = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<name>\w+)\Z")
 #: Names of experts' layers in Mixtral's checkpoints and what mlx-lm calls them.
 _EXPERT_NAMES: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+#: Parameters of experts in transformers, and the layers of mlx-lm that they are.
+_PARAMETERS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
+    SwitchGLU: {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
+    SwitchMLP: {"up_proj": ("fc1",), "down_proj": ("fc2",)},
+}
+#: The modules of mlx-lm for models whose gate_up_proj has gates and others in turn.
+_INTERLEAVED: Final = ("gpt_oss",)
 
 
 #: A target by its module's path in the adapter or, for GGUF, in the model; A [..., inputs, rank],
@@ -60,7 +70,7 @@ def read_layers(
     are not finite.
     """
     path = str(adapter.weights)
-    modules = _Modules(model, path, shapes)
+    modules = _Modules(model, adapter, shapes)
     arrays: Any = {}
     if adapter.format == "gguf":
         pairs: Iterable[_Pair] = gguf_pairs(adapter, model, config)
@@ -70,7 +80,7 @@ def read_layers(
         pairs = ((target, *_matrices(target, arrays)) for target in adapter.targets)
     stacked: dict[str, list[tuple[int, _Pair]]] = defaultdict(list)
     found: dict[str, Matrices] = {}
-    for target, a, b in pairs:
+    for target, a, b in modules.divided(pairs):
         expert = _EXPERT.match(target.module)
         if expert is not None and target.experts is None:
             part = _EXPERT_NAMES.get(expert["name"], expert["name"])
@@ -116,6 +126,9 @@ def _reading(path: str) -> Iterator[None]:
 def _matrices(target: Target, arrays: Any) -> tuple[mx.array, mx.array]:
     """Return A [..., inputs, rank] and B [..., rank, outputs] with the scale, in float32."""
     a, b = arrays[target.a].astype(mx.float32), arrays[target.b].astype(mx.float32)
+    if target.layout != "module":
+        a = a.reshape(target.experts, target.rank, target.inputs)
+        b = b.reshape(target.outputs, target.rank, target.experts).transpose(2, 0, 1)
     if not target.transposed:
         a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
     return a, b * target.scale
@@ -132,13 +145,21 @@ def _dtype_of(module: Any) -> mx.Dtype:
 class _Modules:
     """The modules of a model by path, and by the part of it that all tools agree on."""
 
-    def __init__(self, model: nn.Module, path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._path, self._shapes = path, shapes
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._path, self._shapes = str(adapter.weights), shapes
         kinds = (*LINEARS, *EMBEDDINGS, *EXPERTS)
-        self._all = {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+        self._modules = dict(model.named_modules())
+        self._all = {n: m for n, m in self._modules.items() if isinstance(m, kinds)}
+        self._parameters = [one for one in adapter.targets if one.layout != "module"]
         self._short: dict[str, list[str]] = defaultdict(list)
         for name in self._all:
             self._short[canonical(name)].append(name)
+        self._mixtures: dict[str, list[str]] = defaultdict(list)
+        for name, module in self._modules.items():
+            if isinstance(module, tuple(_PARAMETERS)):
+                self._mixtures[_layer(name)].append(name)
 
     def error(self, message: str) -> AdapterError:
         return AdapterError(message, path=self._path)
@@ -168,6 +189,77 @@ class _Modules:
                 f"model has {list(shape)}"
             )
 
+    def divided(self, pairs: Iterable[_Pair]) -> Iterator[_Pair]:
+        """Yield the pairs; of those of a parameter of experts, one for each layer of mlx-lm."""
+        for target, a, b in pairs:
+            if target.layout == "module":
+                yield target, a, b
+                continue
+            names, turns = self._layers(target)
+            if self._is_exchanged(target):
+                a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
+            for index, name in enumerate(names):
+                size = b.shape[2] // len(names)
+                rows = slice(index, None, len(names)) if turns else slice(index * size, None)
+                own = b[..., rows][..., :size]
+                layer = replace(
+                    target, module=name, inputs=a.shape[1], outputs=size, layout="module"
+                )
+                yield layer, a, own
+
+    def _layers(self, target: Target) -> tuple[list[str], bool]:
+        """Return the layers that a parameter of experts is, and whether their outputs take turns.
+
+        mlx-lm and transformers name the mixture of a layer differently, but there is only one.
+        """
+        part, layer = target.module.rpartition(".")[2], _layer(target.module)
+        found = [
+            (path, parts[part])
+            for path in self._mixtures[layer]
+            for kind, parts in _PARAMETERS.items()
+            if isinstance(self._modules[path], kind) and part in parts
+        ]
+        if len(found) != 1:
+            raise self.error(
+                f"target {target.module} is not in the model: {layer} has {len(found)} "
+                f"mixtures of experts with {part}"
+            )
+        ((path, parts),) = found
+        owner = type(self._modules[path.rpartition(".")[0]])
+        files = {kind.__module__.rpartition(".")[2] for kind in owner.__mro__}
+        return [f"{path}.{name}" for name in parts], not files.isdisjoint(_INTERLEAVED)
+
+    def _fits(self, target: Target) -> tuple[bool, bool]:
+        """Return whether A and B have a parameter's inputs and outputs, and whether exchanged."""
+        names, _ = self._layers(target)
+        shapes = [self._shape(name, self.find(name)[1]) for name in names]
+        count, _, inputs = shapes[0]
+        whole = (count, sum(shape[1] for shape in shapes), inputs)
+        own = (target.experts, target.outputs, target.inputs)
+        other = (target.experts, target.inputs, target.outputs)
+        if whole not in (own, other):
+            raise self.error(
+                f"{target.module}: the adapter is for a weight of shape {list(own)}, but the "
+                f"model has {list(whole)}"
+            )
+        return own == whole, other == whole
+
+    def _is_exchanged(self, target: Target) -> bool:
+        """Return whether A has a parameter's outputs and B its inputs: PEFT before 0.19.1.
+
+        That depended on the model's class. If the shape is square, another parameter tells it.
+        """
+        for one in (target, *self._parameters):
+            ordered, exchanged = self._fits(one)
+            if ordered != exchanged:
+                return exchanged
+        if target.layout == "old parameter":
+            raise self.error(
+                f"{target.module}: PEFT before 0.19.1 may have exchanged its inputs and outputs, "
+                "which are equally many"
+            )
+        return False
+
     def stack(
         self, experts: list[tuple[int, _Pair]], name: str, module: Any, dtype: mx.Dtype | None
     ) -> Matrices:
@@ -190,6 +282,11 @@ class _Modules:
                 )
             a[index, :, : target.rank], b[index, : target.rank] = own_a, own_b
         return Matrices(a.astype(kind), b.astype(kind))
+
+
+def _layer(path: str) -> str:
+    """Return the part of a path that names the layer, such as `layers.3`."""
+    return ".".join(canonical(path).split(".")[:2])
 
 
 def weight_shape(module: Any) -> tuple[int, ...]:

@@ -13,21 +13,32 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from modelpack.formats.adapter import Adapter, read_adapter
+from modelpack.formats.adapter import Adapter, AdapterError, read_adapter
 from modelpack_engine.models.adapter import merge, read_layers
+from modelpack_engine.patches.lora import EXPERTS as EXPERT_LAYERS
 from modelpack_engine.patches.lora import Layers, LoRALayers
 from modelpack_engine.runner.model_runner import make_runner
 from tests.engine.adapters.golden.make import FILE, TOKENS, values
+from tests.engine.adapters.test_zoo import BY_NAME
 from tests.engine.zoo.driving import Driver, Setting
 
 GOLDEN: dict[str, Any] = json.loads(FILE.read_text())
+#: What transformers takes for the base of the rope; it writes it into another field.
+THETA = {"gpt_oss": 1.5e5, "mixtral": 1e6}
+#: Without other parameters, nothing says which matrix has the inputs.
+UNSETTLED = [name for name in GOLDEN if name.startswith("qwen3_moe square, PEFT")]
+PARAMETERS = [
+    name
+    for name in GOLDEN
+    if GOLDEN[name]["adapter"].get("target_parameters") and name not in UNSETTLED
+]
 CONV1D = [name for name in GOLDEN if name.startswith("gpt2")]
 
 
 def base(name: str) -> nn.Module:
     """Return the model of a case in mlx-lm's class."""
     case = GOLDEN[name]
-    config = case["config"]
+    config = {"rope_theta": THETA.get(case["config"]["model_type"], 1e4), **case["config"]}
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = module.Model(module.ModelArgs.from_dict(config))
     weights: dict[str, np.ndarray] = {}
@@ -112,6 +123,130 @@ def check(name: str, directory: Path) -> None:
     assert alone == [expected, expected]
     assert mixed == [expected, plain, expected]
     assert expected != plain
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_of_experts(name: str, tmp_path: Path, uncompiled: None) -> None:
+    """`target_parameters`: joined gates, nested names, patterns, and layouts of PEFT's versions."""
+    check(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", UNSETTLED)
+def test_square_parameters_of_old_versions(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        AdapterError, match=r"gate_up_proj: PEFT before 0\.19\.1 may have exchanged"
+    ):
+        read_layers(adapter_of(name, tmp_path), base(name))
+
+
+#: The path of the experts in transformers, the parameters, and the layers of mlx-lm.
+_GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+MIXTURES = {
+    "qwen3_5_moe": ("model.language_model.layers.3.mlp", _GATED),
+    "qwen3_next": ("model.layers.3.mlp", _GATED),
+    "deepseek_v3": ("model.layers.3.mlp", _GATED),
+    "llama4": ("language_model.model.layers.3.feed_forward", _GATED),
+    "jamba": ("model.layers.3.feed_forward", _GATED),
+    "granitemoe": ("model.layers.3.block_sparse_moe", _GATED),
+    "nemotron_h: experts": (
+        "model.layers.3.mixer", {"up_proj": ("fc1",), "down_proj": ("fc2",)}
+    ),
+}  # fmt: skip
+
+
+def write_parameters(
+    at: Path, path: str, shapes: dict[str, tuple[int, int, int]], rank: int = 2, **fields: Any
+) -> tuple[Path, dict[str, np.ndarray]]:
+    """Write an adapter of experts as PEFT does; return what it adds [experts, outputs, inputs]."""
+    at.mkdir(exist_ok=True)
+    tensors, sums = {}, {}
+    for depth, (part, (count, outputs, inputs)) in enumerate(reversed(shapes.items())):
+        name = f"base_model.model.{path}.experts{'.base_layer' * depth}.lora_"
+        a, b = values(f"{part}A", (count * rank, inputs)), values(part, (outputs, rank * count))
+        tensors |= {f"{name}A.weight": a, f"{name}B.weight": b}
+        sums[part] = np.einsum(
+            "ore,eri->eoi", b.reshape(-1, rank, count), a.reshape(count, rank, -1)
+        )
+    save_file(tensors, at / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "peft_version": "0.21.2",
+              "target_parameters": [f"experts.{part}" for part in shapes]}  # fmt: skip
+    (at / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    return at, sums
+
+
+def shapes_of(
+    model: nn.Module, layer: str, parts: dict[str, tuple[str, ...]]
+) -> dict[str, tuple[int, int, int]]:
+    """Return the shapes [experts, outputs, inputs] of the parameters of a layer's experts."""
+    weights = {
+        name.rpartition(".")[2]: module.weight.shape
+        for name, module in model.named_modules()
+        if isinstance(module, EXPERT_LAYERS) and f"layers.{layer}." in name
+    }
+    found = {}
+    for part, names in parts.items():
+        count, _, inputs = weights[names[0]]
+        found[part] = (count, sum(weights[name][1] for name in names), inputs)
+    return found
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_names_of_mixtures(name: str, tmp_path: Path) -> None:
+    """Each parameter becomes mlx-lm's layers, whatever both call the experts of a layer."""
+    model = BY_NAME[name].build()
+    path, parts = MIXTURES[name]
+    written, sums = write_parameters(tmp_path / "a", path, shapes_of(model, "3", parts))
+    layers = {
+        found.rpartition(".")[2]: np.array((one.a @ one.b).swapaxes(1, 2))
+        for found, one in read_layers(read_adapter(written), model, dtype=mx.float32).items()
+    }
+    assert layers.keys() == {layer for names in parts.values() for layer in names}
+    for part, names in parts.items():
+        joined = np.concatenate([layers[layer] for layer in names], axis=1)
+        np.testing.assert_allclose(joined, sums[part], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "shapes", "message"),
+    [
+        ("llama", "model.layers.3.mlp", {}, "layers.3 has 0 mixtures of experts with gate_up_proj"),
+        ("qwen3_moe", "model.layers.9.mlp", {}, "layers.9 has 0 mixtures of experts"),
+        ("qwen3_moe", "model.layers.3.mlp", {"gate_up_proj": (3, 48, 64)}, "but the model has"),
+        ("qwen3_moe", "model.layers.3.mlp", {"up_proj": (4, 48, 64)}, "0 mixtures .* with up_proj"),
+    ],
+)
+def test_parameters_of_other_models(
+    name: str, path: str, shapes: dict[str, tuple[int, int, int]], message: str, tmp_path: Path
+) -> None:
+    shapes = shapes or {"gate_up_proj": (4, 48, 64)}
+    written, _ = write_parameters(tmp_path / "a", path, shapes)
+    with pytest.raises(AdapterError, match=message):
+        read_layers(read_adapter(written), BY_NAME[name].build())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_parameters": "experts.down_proj"}, "target_parameters is not a list of names"),
+        (
+            {"target_parameters": ["experts.down_proj", "experts.down_proj_bias"]},
+            "target_parameters has 'experts.down_proj_bias', expected weights, gate_up_proj",
+        ),
+        (
+            {"target_parameters": ["experts.down_proj"]},
+            "mlp.experts: has matrices of 2 parameters, but target_parameters names 1",
+        ),
+        ({"target_parameters": []}, "target_parameters names 0"),
+        ({"r": 3}, "gate_up_proj: the rank is 8, expected 3 or a multiple of it"),
+        ({"r": 64}, "the rank is 8, expected 64"),
+        ({"use_dora": True}, "use_dora is set, but it has no magnitude"),
+    ],
+)
+def test_bad_parameters(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    shapes = {"gate_up_proj": (4, 6, 5), "down_proj": (4, 5, 3)}
+    written, _ = write_parameters(tmp_path / "a", "model.layers.0.mlp", shapes, **fields)
+    with pytest.raises(AdapterError, match=message):
+        read_adapter(written)
 
 
 @pytest.mark.parametrize("name", CONV1D)

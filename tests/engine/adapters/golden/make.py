@@ -32,9 +32,9 @@ _QWEN = {
     "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], **_LLAMA, **_EXPERTS,
 }  # fmt: skip
 _GPT_OSS = {
-    "model_type": "gpt_oss", "intermediate_size": 12, "sliding_window": 32,
-    "layer_types": ["full_attention"], **_LLAMA, **_EXPERTS,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "model_type": "gpt_oss", "intermediate_size": 12, "sliding_window": 32, **_LLAMA, **_EXPERTS,
+    "layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
 }  # fmt: skip
 _MIXTRAL = {"model_type": "mixtral", "intermediate_size": 12, **_LLAMA, **_EXPERTS}
 _GPT2 = {
