@@ -76,16 +76,17 @@ def write_mlx(
     scale: float = 2.0,
     seed: int = 0,
     size: float = 1.0,
+    extra: Arrays | None = None,
     **config: Any,
 ) -> Path:
-    """Write an adapter as mlx-lm does."""
+    """Write an adapter as mlx-lm does; `config` replaces fields, `extra` adds tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
     for name, (a, b) in random_pairs(targets, rank, seed, size).items():
         # Those of experts are not transposed.
         tensors[f"{name}.lora_a"] = np.ascontiguousarray(a.T if a.ndim == 2 else a)
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(b.T if b.ndim == 2 else b)
-    save_file(tensors, directory / "adapters.safetensors")
+    save_file({**tensors, **(extra or {})}, directory / "adapters.safetensors")
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
     fields = {"fine_tune_type": "lora", "lora_parameters": parameters, "model": "team/base"}
     (directory / "adapter_config.json").write_text(json.dumps({**fields, **config}))

@@ -6,7 +6,8 @@ mlx-lm writes (adapter_config.json, adapters.safetensors) and GGUF files of llam
 adapters with them, and the engine before it reads the tensors.
 
 An adapter adds `scale * B(A(x))` to the output of linear layers of its base. With a magnitude
-(DoRA), each row of the sum of both weights is then scaled to that length.
+(DoRA), each row of the sum of both weights is then scaled to that length. The weight of an
+embedding is [tokens, outputs]: PEFT scales its columns, and mlx-lm its rows.
 """
 
 from __future__ import annotations
@@ -206,16 +207,15 @@ class _Reader:
             raise self.fault(f"{module}: has no LoRA {missing} matrix")
         return parts["a"], parts["b"]
 
-    def checked(self, target: Target, parts: Mapping[str, TensorInfo]) -> Target:
-        """Return `target` if its magnitude has a value for each output."""
+    def checked(self, target: Target, parts: Mapping[str, TensorInfo], size: int) -> Target:
+        """Return `target` if its magnitude has `size` values."""
         vector = parts.get("magnitude")
-        if vector is not None and math.prod(vector.shape) != target.outputs:
+        if vector is not None and math.prod(vector.shape) != size:
             raise self.fault(
-                f"{target.module}: the magnitude has shape {list(vector.shape)}, expected "
-                f"[{target.outputs}]"
+                f"{target.module}: the magnitude has shape {list(vector.shape)}, expected [{size}]"
             )
-        if vector is not None and (target.embedding or target.experts):
-            raise self.fault(f"{target.module}: DoRA of embeddings and experts is not supported")
+        if vector is not None and target.experts:
+            raise self.fault(f"{target.module}: DoRA of experts is not supported")
         return target
 
 
@@ -304,7 +304,7 @@ class _Peft(_Reader):
             if fields.get("use_dora") and vector is None:
                 raise self.fault(f"{module}: use_dora is set, but it has no magnitude")
             self._check_copy(target, parts.get("base"))
-            targets.append(self.checked(target, parts))
+            targets.append(self.checked(target, parts, target.outputs))
         return _Read("peft", self.base("base_model_name_or_path"), tuple(targets))
 
     def _is_parameter(self, path: str) -> bool:
@@ -435,7 +435,8 @@ class _Mlx(_Reader):
             )  # fmt: skip
             if kind == "dora" and vector is None:
                 raise self.fault(f"{module}: fine_tune_type is 'dora', but it has no magnitude")
-            targets.append(self.checked(target, parts))
+            size = inputs if target.embedding else outputs
+            targets.append(self.checked(target, parts, size))
         return _Read("mlx", self.base("model"), tuple(targets))
 
 

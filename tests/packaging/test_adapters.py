@@ -170,6 +170,30 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda at: write_peft(at, use_dora=True),
         "use_dora is set, but it has no magnitude",
     ),
+    "DoRA of an embedding by token in PEFT": (
+        lambda at: write_peft(
+            at,
+            {"model.embed_tokens": (4, 10)},
+            extra=_tensor("model.embed_tokens.lora_magnitude_vector", 10),
+        ),
+        "model.embed_tokens: the magnitude has shape [10], expected [4]",
+    ),
+    "DoRA of an embedding by output in mlx-lm": (
+        lambda at: write_mlx(
+            at,
+            {"model.embed_tokens": (4, 10)},
+            extra={"model.embed_tokens.m": np.ones(4, np.float32)},
+        ),
+        "model.embed_tokens: the magnitude has shape [4], expected [10]",
+    ),
+    "DoRA of experts": (
+        lambda at: write_mlx(
+            at,
+            {"x.switch_mlp.up_proj": (3, 4, 10)},
+            extra={"x.switch_mlp.up_proj.m": np.ones(4, np.float32)},
+        ),
+        "x.switch_mlp.up_proj: DoRA of experts is not supported",
+    ),
     "mlx rank": (
         lambda at: write_mlx(at, lora_parameters={"rank": 7, "scale": 1.0}),
         "expected the rank 7",

@@ -29,11 +29,8 @@ from modelpack_engine.runner.adapters import AdapterSet
 
 def pack_layer(number: int, layer: str, matrices: Matrices) -> bytes:
     """Return the body of ADAPTER_NORMS and ADAPTER_LAYER: safetensors."""
-    arrays = {"a": matrices.a, "b": matrices.b}
-    if matrices.gain is not None:
-        arrays["gain"] = matrices.gain
     file = io.BytesIO()
-    mx.save_safetensors(file, arrays, metadata={"number": str(number), "layer": layer})
+    mx.save_safetensors(file, matrices.arrays(), metadata={"number": str(number), "layer": layer})
     return file.getvalue()
 
 
@@ -43,7 +40,7 @@ def unpack_layer(body: bytes) -> tuple[int, str, Matrices]:
         loaded: Any = mx.load(io.BytesIO(body), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         number, layer = int(metadata["number"]), metadata["layer"]
-        matrices = Matrices(arrays["a"], arrays["b"], arrays.get("gain"))
+        matrices = Matrices(**arrays)
         mx.eval(list(arrays.values()))
     except (RuntimeError, ValueError, LookupError, TypeError) as error:
         raise WireError(f"the layer of an adapter is invalid: {error}") from error
@@ -73,10 +70,9 @@ class AdapterParts:
         """Keep this rank's part of a layer's matrices for the next `place`."""
         part = self._divisions[layer].part(whole)
         # A part that is a view would keep the whole matrix in memory.
-        a, b = mx.contiguous(part.a), mx.contiguous(part.b)
-        gain = None if part.gain is None else mx.contiguous(part.gain)
-        mx.eval([array for array in (a, b, gain) if array is not None])
-        self._arriving[layer] = Matrices(a, b, gain)
+        arrays = {name: mx.contiguous(array) for name, array in part.arrays().items()}
+        mx.eval(list(arrays.values()))
+        self._arriving[layer] = Matrices(**arrays)
 
     def place(self, slot: int, count: int) -> int:
         """Put the `count` layers that were kept into a slot; return their bytes."""

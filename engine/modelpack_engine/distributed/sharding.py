@@ -47,7 +47,7 @@ class Division:
         if self.rows is not None:
             b = b[..., self.rows]
             gain = None if gain is None else gain[self.rows]
-        return Matrices(a, b, gain)
+        return Matrices(a, b, gain, whole.token_gain)  # embeddings are not divided
 
 
 #: How the layers that may have adapters are divided, by path.

@@ -65,7 +65,8 @@ def read_layers(
     They have the type of the layer's outputs, or `dtype`. `config` is the model's, which GGUF
     adapters need; `weight_of` returns the weight of a module, of which DoRA needs the norm, in
     float32. If the model is divided between devices, `shapes` are those of the whole weights by
-    path, and `norm_of` returns the norms of a whole weight with A and B added. Raises
+    path, and `norm_of` returns the norms of a layer's whole weight with A and B added; embeddings
+    are not divided. Raises
     `AdapterError` for a target that the model lacks, for shapes that differ, and for values that
     are not finite.
     """
@@ -90,22 +91,28 @@ def read_layers(
         name, module = modules.find(target.module)
         modules.check(target, name, module)
         kind = dtype or _dtype_of(module)
-        gain = None
+        gain = token_gain = None
         if target.magnitude is not None:
-            if norm_of is not None:
-                norm = norm_of(name, a, b)
+            magnitude = arrays[target.magnitude].reshape(-1).astype(mx.float32)
+            if isinstance(module, EMBEDDINGS):
+                weight = weight_of(name, module) + a @ b
+                if adapter.format == "mlx":
+                    norm = mx.linalg.norm(weight, axis=1)
+                    token_gain = (magnitude / norm).astype(kind)[:, None]
+                else:
+                    gain = (magnitude / mx.linalg.norm(weight, axis=0)).astype(kind)
+            elif norm_of is not None:
+                gain = (magnitude / norm_of(name, a, b)).astype(kind)
             else:
                 norm = mx.linalg.norm(weight_of(name, module) + (a @ b).T, axis=1)
-            magnitude = arrays[target.magnitude].reshape(-1).astype(mx.float32)
-            gain = (magnitude / norm).astype(kind)
+                gain = (magnitude / norm).astype(kind)
         if name in found:
             raise modules.error(f"two targets are the module {name} of the model")
-        found[name] = Matrices(a.astype(kind), b.astype(kind), gain)
+        found[name] = Matrices(a.astype(kind), b.astype(kind), gain, token_gain)
     for wanted, experts in stacked.items():
         name, module = modules.find(wanted)
         found[name] = modules.stack(experts, name, module, dtype)
-    every = [array for one in found.values() for array in (one.a, one.b, one.gain)]
-    present = [array for array in every if array is not None]
+    present = [array for one in found.values() for array in one.arrays().values()]
     finite = [mx.all(mx.isfinite(array)) for array in present]
     with _reading(path):
         mx.eval(present, finite)
@@ -318,7 +325,12 @@ def merged_weight(weight: mx.array, one: Matrices, *, is_embedding: bool) -> mx.
     """
     delta = one.a.astype(mx.float32) @ one.b.astype(mx.float32)
     changed = weight.astype(mx.float32) + (delta if is_embedding else delta.swapaxes(-1, -2))
-    return changed if one.gain is None else changed * one.gain.astype(mx.float32)[:, None]
+    if one.token_gain is not None:
+        changed = changed * one.token_gain.astype(mx.float32)
+    if one.gain is None:
+        return changed
+    gain = one.gain.astype(mx.float32)
+    return changed * (gain if is_embedding else gain[:, None])
 
 
 def dense_bytes(adapter: Adapter) -> int:

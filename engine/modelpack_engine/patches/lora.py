@@ -56,17 +56,24 @@ class Matrices:
     """What an adapter adds to one layer: x @ a @ b, where b includes the adapter's scale.
 
     `a` is [inputs, rank] and `b` [rank, outputs], both [experts, ...] for experts. With `gain`
-    [outputs] (DoRA), the output without its bias is multiplied by it.
+    [outputs] (DoRA), the output without its bias is multiplied by it; that of an embedding for a
+    token with `token_gain` [inputs, 1] by the token's.
     """
 
     a: mx.array
     b: mx.array
     gain: mx.array | None = None
+    token_gain: mx.array | None = None
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Return the arrays that are present, by name."""
+        every = ((name, getattr(self, name)) for name in self.__slots__)
+        return {name: array for name, array in every if array is not None}
 
     @property
     def nbytes(self) -> int:
         """The bytes of all arrays."""
-        return self.a.nbytes + self.b.nbytes + (self.gain.nbytes if self.gain is not None else 0)
+        return sum(array.nbytes for array in self.arrays().values())
 
 
 #: The matrices of an adapter, by the path of the layer in the model.
@@ -103,17 +110,22 @@ class _Stack:
         rank = max(one.a.shape[-1] for one in self.slots.values())
         a = mx.zeros((num_slots, *some.a.shape[:-1], rank), some.a.dtype)
         b = mx.zeros((num_slots, *some.b.shape[:-2], rank, some.b.shape[-1]), some.b.dtype)
-        gains = None
-        if any(one.gain is not None for one in self.slots.values()):
-            gains = mx.ones((num_slots, some.b.shape[-1]), some.b.dtype)
         for slot, one in self.slots.items():
             own = one.a.shape[-1]
             a[slot, ..., :own] = one.a
             b[slot, ..., :own, :] = one.b
-            if one.gain is not None and gains is not None:
-                gains[slot] = one.gain
-        mx.eval([array for array in (a, b, gains) if array is not None])
-        return Matrices(a, b, gains)
+        gains = {}
+        for name in ("gain", "token_gain"):
+            present = {
+                s: one.arrays()[name] for s, one in self.slots.items() if name in one.arrays()
+            }
+            for slot, gain in present.items():
+                if name not in gains:
+                    gains[name] = mx.ones((num_slots, *gain.shape), gain.dtype)
+                gains[name][slot] = gain
+        made = Matrices(a, b, **gains)
+        mx.eval(list(made.arrays().values()))
+        return made
 
 
 class _Joint:
@@ -234,8 +246,7 @@ class LoRALayers:
         self._join()
         found = [array for one in self._joint for array in one.arrays()]
         for stack in self._alone:
-            one = stack.stacked(self._num_slots)
-            found += [one.a, one.b, *([] if one.gain is None else [one.gain])]
+            found += stack.stacked(self._num_slots).arrays().values()
         return found
 
     @contextmanager
@@ -253,8 +264,8 @@ class LoRALayers:
         for joint in self._joint:
             joint.hold(next(given), next(given))
         for stack in self._alone:
-            gain = stack.stacked(self._num_slots).gain
-            stack.hold(Matrices(next(given), next(given), None if gain is None else next(given)))
+            names = stack.stacked(self._num_slots).arrays()
+            stack.hold(Matrices(**{name: next(given) for name in names}))
 
     def _join(self) -> None:
         """Join the matrices of fused layers, if the kernel adds all that adapters change."""
@@ -336,23 +347,36 @@ class LoRALayers:
             return y
         one = self._only(stack)
         if one is not None:
-            return y + one.a[ids] @ one.b
-        all_, slots = stack.stacked(self._num_slots), self._slots(ids[..., None])
-        rows = all_.a[slots, ids.reshape(-1)][:, None]
-        return y + mx.gather_mm(rows, all_.b, rhs_indices=slots).reshape(y.shape)
+            y, gain = y + one.a[ids] @ one.b, one.gain
+            token_gain = None if one.token_gain is None else one.token_gain[ids]
+        else:
+            all_, slots = stack.stacked(self._num_slots), self._slots(ids[..., None])
+            flat = ids.reshape(-1)
+            rows = all_.a[slots, flat][:, None]
+            y = y + mx.gather_mm(rows, all_.b, rhs_indices=slots).reshape(y.shape)
+            gain = None if all_.gain is None else all_.gain[slots].reshape(y.shape)
+            token_gain = None if all_.token_gain is None else all_.token_gain[slots, flat]
+        if gain is not None:
+            y = y * gain
+        return y if token_gain is None else y * token_gain.reshape(*ids.shape, 1)
 
     def _project(self, stack: _Stack, original: Call, module: Any, x: mx.array) -> Any:
         """Compute logits by an embedding that the adapter changes."""
-        y = original(module, x)
         if self._is_idle(stack):
-            return y
+            return original(module, x)
         one = self._only(stack)
         if one is not None:
-            return y + (x @ one.b.T) @ one.a.T
+            x = x if one.gain is None else x * one.gain
+            y = original(module, x) + (x @ one.b.T) @ one.a.T
+            return y if one.token_gain is None else y * one.token_gain.reshape(-1)
         all_, slots = stack.stacked(self._num_slots), self._slots(x)
+        if all_.gain is not None:
+            x = x * all_.gain[slots].reshape(x.shape)
         flat = x.reshape(-1, 1, x.shape[-1])
         a, b = all_.a.swapaxes(-1, -2), all_.b.swapaxes(-1, -2)
-        return y + _gathered(flat, b, a, slots).reshape(y.shape)
+        y = original(module, x)
+        y = y + _gathered(flat, b, a, slots).reshape(y.shape)
+        return y if all_.token_gain is None else y * all_.token_gain[slots].reshape(y.shape)
 
     def _mix(self, original: Call, module: Any, x: mx.array, indices: mx.array) -> Any:
         """Remember the order in which a mixture of experts sorts its rows."""

@@ -99,6 +99,29 @@ def expected(by_slot: Adapters, slots: Sequence[int] = SLOTS) -> list[mx.array]:
     return logits(runner, slots)
 
 
+def test_a_graph_serves_dora_of_embeddings() -> None:
+    """Gains of outputs and of tokens, of the embedding and of the head that it is too."""
+    model, path = tiny_llama(head_dim=32), "model.embed_tokens"
+    tokens, width = model.model.embed_tokens.weight.shape
+
+    def of(seed: int, *shape: int) -> dict[str, Matrices]:
+        keys = mx.random.split(mx.random.key(seed), 3)
+        a, b = mx.random.normal((tokens, 2), key=keys[0]), mx.random.normal((2, width), key=keys[1])
+        values = mx.random.uniform(0.5, 1.5, shape or (1,), key=keys[2])
+        gain = {} if not shape else {("gain", "token_gain")[len(shape) - 1]: values}
+        return {path: Matrices(0.3 * a, 0.3 * b, **gain)}
+
+    runner = runner_of(model, compiled=True)
+    loras = LoRALayers(model, runner.adapter_rows)
+    by_output, by_token = of(1, width), of(2, tokens, 1)
+    for pair in ((by_output, by_token), (by_token, by_output), (of(3), by_token), (by_output, {})):
+        for slot, layers in enumerate(pair, 1):
+            loras.set(slot, layers)
+        found = logits(runner)
+        assert same(found, expected(dict(enumerate(pair, 1))))
+        assert not same(found, expected({}, (0, 0, 0, 0)))
+
+
 @pytest.mark.parametrize("gain", [False, True], ids=["lora", "dora"])
 def test_a_graph_serves_whichever_adapters_are_in_memory(gain: bool) -> None:
     model = tiny_llama(head_dim=32)

@@ -305,6 +305,32 @@ def test_embeddings(write: Callable[..., Path], tmp_path: Path) -> None:
     assert ask(engine, ["b"], PROMPT) == expected[1:2]
 
 
+def test_dora_of_embeddings(tmp_path: Path) -> None:
+    """Requests with PEFT's magnitudes of outputs and mlx-lm's of tokens share a batch."""
+    targets, weight = {"model.embed_tokens": (64, 257)}, tiny_model().model.embed_tokens.weight
+    name = "base_model.model.model.embed_tokens.lora_magnitude_vector"
+    by_output = {
+        name: np.array(mx.linalg.norm(weight, axis=0)) * np.linspace(0.5, 2, 64, dtype="f")
+    }
+    by_token = {
+        "model.embed_tokens.m": np.array(mx.linalg.norm(weight, axis=1))
+        * np.linspace(0.5, 2, 257, dtype="f")
+    }
+    peft, mlx = tmp_path / "peft", tmp_path / "mlx"
+    lora = write_peft(tmp_path / "lora", targets, rank=2, seed=4, size=0.2)
+    write_peft(peft, targets, rank=3, size=0.2, use_dora=True, extra=by_output)
+    write_mlx(mlx, targets, rank=2, size=0.2, fine_tune_type="dora", extra=by_token)
+    adapters = [read_adapter(path) for path in (peft, mlx, lora)]
+    engine = tiny_engine(max_loras=3)
+    for key, one in zip("abc", adapters, strict=True):
+        engine.add_adapter(key, one, key)
+    expected = [merged_tokens(one, PROMPT) for one in (*adapters, None)]
+    assert len({str(each) for each in expected}) == 4
+    assert ask(engine, ["a", "b", "c", None], PROMPT) == expected
+    assert ask(engine, ["a", "a"], PROMPT) == [expected[0]] * 2
+    assert ask(engine, ["b"], PROMPT) == expected[1:2]
+
+
 def test_embeddings_of_both_formats_are_equal(tmp_path: Path) -> None:
     """PEFT's matrices have another order, and the base's weight beside them is not read."""
     targets = {"model.embed_tokens": (64, 257), Q: (64, 64)}

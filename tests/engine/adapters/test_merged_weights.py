@@ -80,6 +80,27 @@ def embeddings(at: Path) -> Path:
     return write_mlx(at, shapes, rank=2, size=0.4)
 
 
+def dora_embeddings(at: Path) -> Path:
+    """DoRA of mlx-lm, whose magnitudes of an embedding are those of tokens."""
+    model = TINY.build()
+    tokens, width = model.model.embed_tokens.weight.shape
+    shapes = {"model.embed_tokens": (width, tokens), "lm_head": (tokens, width)}
+    magnitudes = {
+        "model.embed_tokens.m": np.linspace(0.5, 2, tokens, dtype=np.float32),
+        "lm_head.m": np.linspace(0.5, 2, tokens, dtype=np.float32),
+    }
+    return write_mlx(at, shapes, rank=2, size=0.4, fine_tune_type="dora", extra=magnitudes)
+
+
+def dora_peft_embeddings(at: Path) -> Path:
+    """DoRA of PEFT, whose magnitudes of an embedding are those of its outputs."""
+    tokens, width = TINY.build().model.embed_tokens.weight.shape
+    name = "base_model.model.model.embed_tokens.lora_magnitude_vector"
+    extra = {name: np.linspace(0.5, 2, width, dtype=np.float32)}
+    shapes = {"model.embed_tokens": (width, tokens)}
+    return write_peft(at, shapes, rank=2, size=0.4, use_dora=True, extra=extra)
+
+
 def as_gguf(at: Path) -> Path:
     """The adapter of `lora` as llama.cpp's converter writes it."""
     pairs = {}
@@ -91,7 +112,10 @@ def as_gguf(at: Path) -> Path:
     return write_gguf_pairs(at / "lora.gguf", pairs, alpha=6.0)
 
 
-ADAPTERS = {"lora": lora, "rslora": rslora, "dora": dora, "embeddings": embeddings}
+ADAPTERS = {
+    "lora": lora, "rslora": rslora, "dora": dora, "embeddings": embeddings,
+    "dora of embeddings": dora_embeddings, "peft's dora of embeddings": dora_peft_embeddings,
+}  # fmt: skip
 
 
 @dataclass
@@ -166,7 +190,9 @@ def test_gguf(packed: bool, bases: Bases, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", PACKED)
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "dora", "dora of embeddings", "peft's dora of embeddings"]
+)
 def test_a_quantised_base(kind: str, packed: bool, bases: Bases, tmp_path: Path) -> None:
     """The layers that the adapter changes are dense, with the adapter added in full."""
     adapter = read_adapter(ADAPTERS[kind](tmp_path / "adapter"))

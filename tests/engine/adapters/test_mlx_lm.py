@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,9 +33,16 @@ def build(name: str, *, quantised: bool = False) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, directory: Path, *, dora: bool = False) -> Adapter:
-    """Give all layers mlx-lm's adapters with random values; save them as its trainer does."""
-    parameters = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
+def train(
+    model: nn.Module, directory: Path, *, dora: bool = False, keys: tuple[str, ...] = ()
+) -> Adapter:
+    """Give layers mlx-lm's adapters with random values; save them as its trainer does.
+
+    Without `keys`, which are names of layers, all layers of blocks have one.
+    """
+    parameters: dict[str, Any] = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
+    if keys:
+        parameters["keys"] = list(keys)
     model.freeze()
     linear_to_lora_layers(model, len(model.layers), parameters, use_dora=dora)
     mx.random.seed(4)
@@ -98,6 +106,27 @@ def test_tokens_are_those_of_mlx_lm(
     model = build(name, quantised=quantised)
     layers = read_layers(adapter, model)
     assert len(layers) == len(adapter.targets)
+    found, without = generate(model, layers)
+    assert found == expected.tokens
+    assert without != found
+    merge(model, layers)
+    assert make_reference(BY_NAME[name], model).tokens == expected.tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4"])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_embeddings(name: str, dora: bool, tmp_path: Path, uncompiled: None) -> None:
+    """mlx-lm's magnitudes are those of tokens, for the head too where it is the embedding."""
+    trained = build(name)
+    keys = ("model.embed_tokens", "self_attn.q_proj")
+    adapter = train(trained, tmp_path / "adapter", dora=dora, keys=keys)
+    assert [target.module for target in adapter.targets if target.embedding] == [keys[0]]
+    assert ("lm_head" in trained) == (name == "glm4")
+    expected = make_reference(BY_NAME[name], trained)
+    assert expected.gap > 1e-5
+    model = build(name)
+    layers = read_layers(adapter, model)
+    assert (layers[keys[0]].token_gain is not None) == dora
     found, without = generate(model, layers)
     assert found == expected.tokens
     assert without != found

@@ -32,6 +32,7 @@ PARAMETERS = [
     for name in GOLDEN
     if GOLDEN[name]["adapter"].get("target_parameters") and name not in UNSETTLED
 ]
+EMBEDDINGS = [name for name in GOLDEN if "embeddings" in name]
 CONV1D = [name for name in GOLDEN if name.startswith("gpt2")]
 
 
@@ -253,4 +254,10 @@ def test_bad_parameters(fields: dict[str, Any], message: str, tmp_path: Path) ->
 def test_layers_that_are_stored_transposed(name: str, tmp_path: Path, uncompiled: None) -> None:
     """PEFT's A and B of a Conv1D, and its magnitudes, are those of a linear layer."""
     assert GOLDEN[name]["adapter"]["fan_in_fan_out"]
+    check(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_dora_of_embeddings(name: str, tmp_path: Path, uncompiled: None) -> None:
+    """PEFT's magnitudes of an embedding are those of its outputs."""
     check(name, tmp_path)

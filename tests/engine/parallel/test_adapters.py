@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +125,24 @@ def test_the_norms_of_its_part(rank: tuple[Follower, list[Any]]) -> None:
 def test_bytes_that_are_no_layer(body: bytes) -> None:
     with pytest.raises(WireError, match="the layer of an adapter is invalid"):
         unpack_layer(body)
+
+
+def test_dora_of_an_embedding_arrives_whole(rank: tuple[Follower, list[Any]]) -> None:
+    """Embeddings are not divided: all ranks have the gains of all tokens and outputs."""
+    follower, answers = rank
+    held = follower._held
+    assert held is not None
+    assert held.adapters is not None
+    path, whole = "model.embed_tokens", matrices(257, 64)
+    whole = replace(whole, gain=mx.ones(64), token_gain=mx.arange(257.0)[:, None])
+    body = pack_layer(1, path, whole)
+    assert unpack_layer(body)[2].arrays().keys() == whole.arrays().keys()
+    follower._handle(Kind.ADAPTER_LAYER, body)
+    (kept,) = held.adapters._arriving.values()
+    for name, array in whole.arrays().items():
+        assert mx.array_equal(kept.arrays()[name], array)
+    follower._handle(Kind.ADAPTER, place(1, 1))
+    assert answers == [(1, {}), (9, {})]
 
 
 @given(st.data())
