@@ -295,7 +295,7 @@ class _Peft(_Reader):
             target = Target(
                 module, own, a.shape[1], b.shape[0], scale, a.name, b.name,
                 vector.name if vector is not None else None,
-                embedding="embedding" in a.name,
+                embedding="lora_embedding_" in a.name,
                 experts=experts,
                 layout=layout if wrapper in parameters else "module",
                 # A and B are those of a linear layer: only the base's weight is stored transposed.

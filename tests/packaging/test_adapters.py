@@ -90,6 +90,13 @@ def test_peft_embeddings(tmp_path: Path) -> None:
     assert target.b.endswith("lora_embedding_B")
 
 
+def test_linear_layers_that_are_named_after_embeddings(tmp_path: Path) -> None:
+    """`lora_embedding_A` makes a target an embedding, not the module's own name."""
+    name = "model.ngram_embeddings.post_projs.0"
+    (target,) = read_adapter(write_peft(tmp_path, {name: (8, 4)})).targets
+    assert (target.embedding, target.inputs, target.outputs) == (False, 4, 8)
+
+
 def test_dora(tmp_path: Path) -> None:
     vectors = {
         f"base_model.model.{name}.lora_magnitude_vector": np.ones(shape[0], np.float32)

@@ -18,7 +18,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import OutOfMemoryError
 from modelpack_engine.models.adapter import weight_shape
 from modelpack_engine.outputs import RequestEvent
-from modelpack_engine.patches.lora import EXPERTS, LINEARS, dense_weight
+from modelpack_engine.patches.lora import EMBEDDINGS, EXPERTS, LINEARS, dense_weight
 from modelpack_engine.request import EngineRequest, SamplingParams
 from tests.adapters import write_mlx, write_peft
 from tests.engine.serving.tiny import CONTEXT, VOCAB
@@ -222,17 +222,19 @@ def run_greedy(engine: Engine) -> list[list[int]]:
 
 
 def write_adapters(directory: Path, model: Any) -> None:
-    """Write two adapters of a model's linear layers and experts: mlx-lm's, and a DoRA."""
+    """Write two adapters: mlx-lm's of linear layers and experts, and a DoRA with embeddings."""
     kinds = {name: m for name, m in model.named_modules() if isinstance(m, (*LINEARS, *EXPERTS))}
     shapes = {name: weight_shape(module) for name, module in kinds.items()}
     write_mlx(directory / "one", shapes, rank=3, size=0.25)
-    # DoRA of experts and of what is named as an embedding is refused.
-    linears = {name: s for name, s in shapes.items() if len(s) == 2 and "embed" not in name}
+    linears = {name: s for name, s in shapes.items() if len(s) == 2}  # DoRA of experts is refused
+    norms = {name: mx.linalg.norm(dense_weight(kinds[name]), axis=1) for name in linears}
+    for name, module in model.named_modules():
+        if isinstance(module, EMBEDDINGS) and name.endswith("embed_tokens"):
+            linears[name] = weight_shape(module)[::-1]
+            norms[name] = mx.linalg.norm(dense_weight(module), axis=0)
     magnitudes = {
-        f"base_model.model.{name}.lora_magnitude_vector": np.array(
-            mx.linalg.norm(dense_weight(kinds[name]), axis=1) * 1.3
-        )
-        for name in linears
+        f"base_model.model.{name}.lora_magnitude_vector": np.array(norm * 1.3)
+        for name, norm in norms.items()
     }
     write_peft(
         directory / "two", linears, rank=2, seed=1, size=0.25, use_dora=True, extra=magnitudes
