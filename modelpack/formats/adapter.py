@@ -440,7 +440,10 @@ class _Mlx(_Reader):
         return _Read("mlx", self.base("model"), tuple(targets))
 
 
-_EMBEDDINGS: Final = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "token_embd")
+_EMBEDDINGS: Final = (
+    "embed_tokens", "wte", "embed_in", "tok_embeddings", "token_embd", "word_embeddings",
+    "embeddings",
+)  # fmt: skip
 _MLX_PARTS: Final = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 
 
@@ -524,16 +527,11 @@ def check_base(adapter: Adapter, tensors: Iterable[TensorInfo], *, format: str) 
     """Raise `AdapterError` unless each target is in the base and has its shape.
 
     `tensors` are those of all files of the base, `format` is `gguf` or `safetensors`. Experts that
-    mlx-lm stacks, the inputs of quantised weights, and a GGUF adapter with a base of safetensors,
-    which names its modules differently, are compared when the engine loads both.
+    mlx-lm stacks, and the inputs of quantised weights are compared when the engine loads both. So
+    is an adapter in GGUF with a base that is not, or the reverse: the names of modules differ, so
+    that only the numbers of layers are compared.
     """
-    if adapter.format != "gguf" and format == "gguf":
-        raise AdapterError(
-            f"the adapter is of format {adapter.format}, but the base is {format}",
-            path=str(adapter.weights),
-            hint="use a base with the weights that the adapter was made for",
-        )
-    if adapter.format == "gguf" and format != "gguf":
+    if (adapter.format == "gguf") != (format == "gguf"):
         _check_layers(adapter, tensors)
         return
     shapes: dict[str, tuple[int, ...]] = {}
@@ -565,7 +563,7 @@ def check_base(adapter: Adapter, tensors: Iterable[TensorInfo], *, format: str) 
             )
 
 
-_NUMBER: Final = re.compile(r"(?:layers|h|blocks|blk)\.(?P<number>\d+)\.")
+_NUMBER: Final = re.compile(r"\b(?:layers|h|blocks|blk)\.(?P<number>\d+)\.")
 
 
 def _check_layers(adapter: Adapter, tensors: Iterable[TensorInfo]) -> None:
@@ -573,7 +571,7 @@ def _check_layers(adapter: Adapter, tensors: Iterable[TensorInfo]) -> None:
     found = (_NUMBER.search(tensor.name) for tensor in tensors)
     layers = {int(match["number"]) for match in found if match is not None}
     for target in adapter.targets:
-        match = _NUMBER.match(target.module)
+        match = _NUMBER.search(target.module)
         if match is not None and int(match["number"]) not in layers:
             raise AdapterError(
                 f"the base has no layer {match['number']}, which {target.module} is in",

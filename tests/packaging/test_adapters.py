@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -344,6 +345,23 @@ def test_gguf_adapter_of_safetensors(store: modelpack.Store, tmp_path: Path) -> 
     file = write_gguf(tmp_path / "deep.gguf", {"blk.7.attn_q": (8, 4)})
     with pytest.raises(AdapterError, match="the base has no layer 7, which blk"):
         package_adapter("team/deep:v1", file, "team/base:v1", store=store)
+
+
+@pytest.mark.parametrize("write", [write_peft, write_mlx])
+def test_adapter_of_a_gguf_base(write: Callable[..., Path], tmp_path: Path) -> None:
+    """The base's tensors have names of their own: only layers are compared."""
+    store, path = modelpack.Store(tmp_path / "store"), tmp_path / "base.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("blk.0.attn_q.weight", np.zeros((8, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    modelpack.package("team/base:v1", modelpack.PackageRequest(gguf=path), store=store)
+    package_adapter("team/adapter:v1", write(tmp_path / "a"), "team/base:v1", store=store)
+    deep = write(tmp_path / "deep", {"model.layers.1.self_attn.q_proj": (8, 4)})
+    with pytest.raises(AdapterError, match=r"the base has no layer 1, which model\.layers\.1"):
+        package_adapter("team/deep:v1", deep, "team/base:v1", store=store)
 
 
 def test_base_is_no_adapter(store: modelpack.Store, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from modelpack.formats.adapter import Adapter, AdapterError, Target, canonical
 from modelpack_engine.layers.blocks import BLOCK_LAYERS
 from modelpack_engine.models.gguf_adapter import gguf_pairs
+from modelpack_engine.models.gguf_architectures import PERMUTED
 from modelpack_engine.models.precision import unpack
 from modelpack_engine.patches.lora import (
     EMBEDDINGS,
@@ -36,6 +37,8 @@ from modelpack_engine.patches.lora import (
 _EXPERT: Final = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<name>\w+)\Z")
 #: Names of experts' layers in Mixtral's checkpoints and what mlx-lm calls them.
 _EXPERT_NAMES: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+#: The layers whose rows llama.cpp's converter permutes.
+_ROTATED: Final = ("self_attn.q_proj", "self_attn.k_proj")
 #: Parameters of experts in transformers, and the layers of mlx-lm that they are.
 _PARAMETERS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
     SwitchGLU: {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
@@ -62,13 +65,12 @@ def read_layers(
 ) -> dict[str, Matrices]:
     """Return the matrices of an adapter by the path of their layer in `model`.
 
-    They have the type of the layer's outputs, or `dtype`. `config` is the model's, which GGUF
-    adapters need; `weight_of` returns the weight of a module, of which DoRA needs the norm, in
-    float32. If the model is divided between devices, `shapes` are those of the whole weights by
-    path, and `norm_of` returns the norms of a layer's whole weight with A and B added; embeddings
-    are not divided. Raises
-    `AdapterError` for a target that the model lacks, for shapes that differ, and for values that
-    are not finite.
+    They have the type of the layer's outputs, or `dtype`. `config` is the model's, which adapters
+    and bases in GGUF need; `weight_of` returns the weight of a module, of which DoRA needs the
+    norm, in float32. If the model is divided between devices, `shapes` are those of the whole
+    weights by path, and `norm_of` returns the norms of a layer's whole weight with A and B added;
+    embeddings are not divided. Raises `AdapterError` for a target that the model lacks, for shapes
+    that differ, and for values that are not finite.
     """
     path = str(adapter.weights)
     modules = _Modules(model, adapter, shapes)
@@ -91,9 +93,14 @@ def read_layers(
         name, module = modules.find(target.module)
         modules.check(target, name, module)
         kind = dtype or _dtype_of(module)
+        permuted = adapter.format != "gguf" and config.get(PERMUTED) and name.endswith(_ROTATED)
+        if permuted:
+            b = _pairs(b, config["head_dim"])
         gain = token_gain = None
         if target.magnitude is not None:
             magnitude = arrays[target.magnitude].reshape(-1).astype(mx.float32)
+            if permuted:
+                magnitude = _pairs(magnitude, config["head_dim"])
             if isinstance(module, EMBEDDINGS):
                 weight = weight_of(name, module) + a @ b
                 if adapter.format == "mlx":
@@ -139,6 +146,15 @@ def _matrices(target: Target, arrays: Any) -> tuple[mx.array, mx.array]:
     if not target.transposed:
         a, b = a.swapaxes(-1, -2), b.swapaxes(-1, -2)
     return a, b * target.scale
+
+
+def _pairs(values: mx.array, head_dim: int) -> mx.array:
+    """Order the outputs [..., outputs] of queries or keys as llama.cpp's converter does.
+
+    Numbers that are rotated together, from both halves of a head, follow each other.
+    """
+    halves = values.reshape(*values.shape[:-1], -1, 2, head_dim // 2)
+    return halves.swapaxes(-1, -2).reshape(values.shape)
 
 
 def _dtype_of(module: Any) -> mx.Dtype:

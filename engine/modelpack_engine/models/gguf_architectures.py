@@ -163,6 +163,9 @@ _GPT_OSS: Names = {
     **_experts("mlp", "router", "experts"),
 }
 
+#: The field of a config whose weights have rows as llama.cpp permutes them: pairs of a rotation.
+PERMUTED = "permuted_by_llama_cpp"
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
@@ -211,7 +214,8 @@ class Architecture:
         if self.attends:
             self._add_attention(values, config)
         if self.rotates_pairs:
-            config["rope_traditional"] = True
+            # Configs of other files may have the first field; adapters have to tell them apart.
+            config["rope_traditional"] = config[PERMUTED] = True
         self.extend(values, config)
         return config
 

@@ -17,7 +17,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.layers.blocks import BlockLinear
 from modelpack_engine.models.adapter import merge, read_layers
 from modelpack_engine.patches.lora import EMBEDDINGS, LINEARS, Layers, Matrices
-from tests.adapters import write_gguf, write_gguf_pairs
+from tests.adapters import write_gguf, write_gguf_pairs, write_mlx
 from tests.engine.adapters.test_merged_weights import CONFIG, tokens_of
 from tests.engine.loaders.test_architectures import load_tiny
 from tests.engine.loaders.test_gguf_planes import tiny_of
@@ -92,6 +92,32 @@ def test_layers_and_logits(name: str, tmp_path: Path) -> None:
     after = tiny.logits(loaded.model)
     assert np.abs(after - expected).max() < 2e-3
     assert np.abs(after - before).max() > 0.1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bases_of_adapters_of_other_formats(name: str, tmp_path: Path) -> None:
+    """An adapter of mlx-lm's layers, a DoRA where it can, changes a GGUF base as it does them."""
+    tiny = TINY_MODELS[name]
+    model, shapes, magnitudes = tiny.build(), {}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, (*LINEARS, *EMBEDDINGS, SwitchLinear)):
+            if path.endswith(("wpe", "embed_tokens_per_layer")):
+                continue
+            shapes[path] = module.weight.shape
+            if isinstance(module, EMBEDDINGS):
+                shapes[path] = shapes[path][::-1]
+            if not isinstance(module, SwitchLinear):
+                norms = np.array(mx.linalg.norm(module.weight.astype(mx.float32), axis=1))
+                draw = np.random.default_rng(len(path)).uniform(0.7, 1.4, norms.shape)
+                magnitudes[f"{path}.m"] = (norms * draw).astype(np.float32)
+    adapter = read_adapter(write_mlx(tmp_path / "a", shapes, rank=RANK, size=0.1, extra=magnitudes))
+    before = tiny.logits(model)
+    merge(model, read_layers(adapter, model, tiny.config))
+    expected = tiny.logits(model)
+    loaded = load_tiny(tiny.write(tmp_path / "m.gguf"))
+    merge(loaded.model, read_layers(adapter, loaded.model, loaded.config))
+    assert np.abs(tiny.logits(loaded.model) - expected).max() < 2e-3
+    assert np.abs(before - expected).max() > 0.1
 
 
 def llama(tmp_path: Path, targets: dict[str, tuple[int, int]], **options: Any) -> Layers:

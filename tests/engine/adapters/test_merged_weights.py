@@ -190,6 +190,17 @@ def test_gguf(packed: bool, bases: Bases, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_gguf_base(kind: str, packed: bool, bases: Bases, tmp_path: Path) -> None:
+    """Adapters of PEFT and mlx-lm give the tokens that they give with a base of safetensors."""
+    adapter = read_adapter(ADAPTERS[kind](tmp_path / "adapter"))
+    expected = tokens(bases.safetensors, adapter, merge=False)
+    assert tokens(bases.gguf, adapter, merge=False) == expected
+    assert tokens(bases.gguf, adapter, packed=packed) == expected
+    assert tokens(bases.gguf, None, packed=packed) != expected
+
+
+@pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize(
     "kind", ["lora", "dora", "dora of embeddings", "peft's dora of embeddings"]
 )
