@@ -99,6 +99,7 @@ def expected(by_slot: Adapters, slots: Sequence[int] = SLOTS) -> list[mx.array]:
     return logits(runner, slots)
 
 
+@pytest.mark.long
 def test_a_graph_serves_dora_of_embeddings() -> None:
     """Gains of outputs and of tokens, of the embedding and of the head that it is too."""
     model, path = tiny_llama(head_dim=32), "model.embed_tokens"
