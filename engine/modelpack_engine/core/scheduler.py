@@ -314,11 +314,13 @@ class PictureEncoder(Protocol):
         media: Media,
         *,
         alone: bool,
+        in_slices: bool,
         waiting: Iterable[tuple[bytes, Media]],
     ) -> bool:
         """Return whether a picture can be a part of this step.
 
-        It may be encoded together with some of `waiting`, which later steps need, with their owner.
+        With `in_slices`, several steps may encode it, of which only the last one can. It may be
+        encoded together with some of `waiting`, which later steps need, with their owner.
         """
 
 
@@ -718,12 +720,18 @@ class Scheduler:
     def _encoded_until(self, sequence: Sequence, stop: int, alone: bool) -> int:
         """Return the position, up to `stop`, to which the sequence's pictures are encoded."""
         assert self._pictures is not None, "only models that read pictures get them"
+        # Each slice takes a step, for which all prompts wait: so it has to be worth it.
+        num_prefill = sum(each.is_prefill for each in self._running)
+        num_decoding = len(self._running) - num_prefill
+        in_slices = not alone and num_decoding >= num_prefill + len(self._waiting)
         for media in sequence.media:
             end = media.until or media.stop
             if end <= sequence.num_computed_tokens or media.start >= stop:
                 continue
             waiting = self._waiting_pictures()
-            if not self._pictures.prepare(sequence, media, alone=alone, waiting=waiting):
+            if not self._pictures.prepare(
+                sequence, media, alone=alone, in_slices=in_slices, waiting=waiting
+            ):
                 self._awaits_pictures = True
                 return media.start
         return stop

@@ -262,6 +262,7 @@ class AlreadyEncoded:
         media: Media,
         *,
         alone: bool,
+        in_slices: bool,
         waiting: Iterable[tuple[bytes, Media]],
     ) -> bool:
         return True

@@ -7,14 +7,16 @@ its towers with noise.
 from __future__ import annotations
 
 import logging
+import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Parts
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from operator import attrgetter
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +33,7 @@ from modelpack_engine.request import Media
 from modelpack_engine.vision.models import CLASSES, Encode, VisionModel
 from modelpack_engine.vision.processor import Picture, PictureProcessor
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
+from modelpack_engine.vision.tower_call import BlockOutputs, TowerCall
 from modelpack_engine.vision.videos import Video, VideoProcessor
 
 #: Bytes of embeddings that are kept, and for models with cross-attention, also pictures.
@@ -49,6 +52,8 @@ _MAX_CANDIDATES = 1024
 _TOLERANCE = 0.1
 #: Seconds that a step in which no sequence decodes waits for the inputs of a picture.
 _PROCESS_SECONDS = 0.01
+#: Steps without pictures, the last ones, whose median time is that of a slice.
+_MAX_TIMES = 15
 #: What a tower encodes, by the name of the input that has its content.
 _KINDS = {"pixel_values": "picture", "input_features": "sound", "pixel_values_videos": "video"}
 
@@ -125,7 +130,8 @@ class VisionEncoder:
 
     The scheduler calls `prepare` for each picture of a chunk, and `input_embeddings` then finds
     them. While sequences decode in a step, it calls the tower once, so that their tokens wait for
-    no more than that.
+    no more than that. In slices, the call is evaluated over several steps, each of which takes
+    about twice as long as one without pictures. It ends with the last request that waits for it.
 
     Of the kinds in `batched`, the names of their inputs, one call also encodes files that wait, of
     any owner, if their inputs have the same shapes, up to `MAX_BATCH_BYTES`. Those that wait get at
@@ -171,6 +177,12 @@ class VisionEncoder:
         #: The inputs of one picture, made or being made.
         self._processing = weakref.WeakKeyDictionary[Media, Future[Inputs]]()
         self._patience = _PROCESS_SECONDS
+        self._outputs = BlockOutputs(model)
+        #: The calls that are evaluated in slices, by the files that wait for them.
+        self._calls = weakref.WeakKeyDictionary[Media, TowerCall]()
+        #: When the step began, whether it needs no picture, and the seconds of such steps.
+        self._began, self._is_text = 0.0, False
+        self._text_times = deque[float](maxlen=_MAX_TIMES)
         #: Pictures whose embeddings were in the cache, and those that were computed.
         self.hits = self.misses = 0
 
@@ -204,6 +216,10 @@ class VisionEncoder:
         self._host.collect()
         self._step.clear()
         self._num_encoded, self._patience = 0, _PROCESS_SECONDS
+        now = time.perf_counter()
+        if self._is_text:
+            self._text_times.append(now - self._began)
+        self._began, self._is_text = now, True
 
     def end_step(self) -> None:
         """Release what the step needed: its graph refers to it until the device has run it."""
@@ -217,33 +233,45 @@ class VisionEncoder:
         media: Media,
         *,
         alone: bool,
+        in_slices: bool = False,
         waiting: Iterable[tuple[bytes, Media]] = (),
     ) -> bool:
         """Return whether a picture can be a part of this step; encode it if there is time.
 
-        `alone` says that no sequence decodes in the step. A picture that cannot be encoded is one
-        of `take_failures`. Copying one back from the host counts as encoding it. `waiting` are
+        `alone` says that no sequence decodes in the step, `in_slices` that the step is to take
+        little longer than without the picture. A picture that cannot be encoded is one of
+        `take_failures`. Copying one back from the host counts as encoding it. `waiting` are
         pictures that later steps need, with their owners.
         """
+        self._is_text = False
         key = sequence.owner, media.digest
         if key in self._step:
             return True
+        in_slices &= self._outputs.found and key not in self._host
         if key not in self._kept:
+            call = self._call(key)
+            if call is not None:
+                self._calls[media] = call
             if self._num_encoded and not alone:
                 return False
             if media.until and (self._num_encoded or not alone) and not self._has_room():
                 return False
-            if not self._has_inputs(key, media, alone=alone):
+            if call is None and not self._has_inputs(key, media, alone=alone):
                 return False
+            if in_slices and sequence.num_computed_tokens < media.start:
+                return False  # the step computes these tokens instead of a slice
             self._num_encoded += 1
         if media.until:
             self._users.setdefault(key, weakref.WeakSet()).add(media)
         try:
-            self._step[key] = self.embeddings(media, sequence.owner, waiting)
+            found = self._encoded(key, media, waiting, in_slices=in_slices)
         except RequestError as error:
             self._failures.append((sequence, error))
+            found = None
+        if found is None:
             self._users.pop(key, None)
             return False
+        self._step[key] = found
         return True
 
     def _has_inputs(self, key: Key, media: Media, *, alone: bool) -> bool:
@@ -297,7 +325,22 @@ class VisionEncoder:
         Others that wait may be encoded with it. Raises `RequestError` if the model cannot encode
         it.
         """
-        key = owner, media.digest
+        found = self._encoded((owner, media.digest), media, waiting)
+        assert found is not None, "it is encoded at once"
+        return found
+
+    def _encoded(
+        self,
+        key: Key,
+        media: Media,
+        waiting: Iterable[tuple[bytes, Media]],
+        *,
+        in_slices: bool = False,
+    ) -> mx.array | None:
+        """Return the embeddings of a picture; None if more slices of it have to be evaluated.
+
+        While a call for another picture is evaluated in slices, a slice is one of that call.
+        """
         self._ahead.discard(key)
         found = self._kept.get(key)
         if found is not None:
@@ -309,31 +352,57 @@ class VisionEncoder:
             self.hits += 1
             self._keep(key, found)
             return found
-        media = self._processed(media)
-        what = _KINDS[_content(media)]
-        batch = self._batch(key, media, waiting)
-        if len(batch) > 1:
-            try:
-                parts = _embed(self._model, [*batch.values()])
-            except _FAILURES as error:
-                _log.warning("%d %ss are encoded one by one: %s", len(batch), what, error)
-                self._single.update(batch.values())
-            else:
-                self.misses += len(batch)
-                for each, part in zip(batch, parts, strict=True):
-                    self._keep(each, part)
-                self._ahead |= batch.keys() - {key}
-                return parts[0]
-        self.misses += 1
+        call = self._call(key)
+        if call is None and in_slices:
+            call = next(iter(self._calls.values()), None)
+        if call is None:
+            call = self._begin(key, media, waiting)
         try:
-            (made,) = _embed(self._model, [media])
+            if in_slices and not call.is_evaluated:
+                call.advance(median(self._text_times) if self._text_times else 0)
+                return None
+            parts = dict(zip(call.keys, call.finish(), strict=True))
         except _FAILURES as error:
-            _log.warning("a %s cannot be encoded: %s", what, error)
+            files = self._end(call)
+            if len(call.keys) > 1:
+                _log.warning("%d %ss are encoded one by one: %s", len(call.keys), call.kind, error)
+                self._single.update(files)
+                return None if in_slices else self._encoded(key, media, waiting)
+            if key not in call.keys:
+                return None  # its own request gets the error when it tries again
+            self.misses += 1
+            _log.warning("a %s cannot be encoded: %s", call.kind, error)
             raise RequestError(
-                f"{media.param}: the model cannot encode this {what}", param=media.param
+                f"{media.param}: the model cannot encode this {call.kind}", param=media.param
             ) from error
-        self._keep(key, made)
-        return made
+        self._end(call)
+        self.misses += len(parts)
+        for each, part in parts.items():
+            self._keep(each, part)
+        self._ahead |= parts.keys() - {key}
+        return parts.get(key)
+
+    def _call(self, key: Key) -> TowerCall | None:
+        """Return the call that has begun to encode a picture, or None."""
+        return next((call for call in self._calls.values() if key in call.keys), None)
+
+    def _begin(self, key: Key, media: Media, waiting: Iterable[tuple[bytes, Media]]) -> TowerCall:
+        """Return a call for a picture and others; raises `RequestError` if it gets no inputs."""
+        processed = self._processed(media)
+        batch = {key: processed}
+        if media not in self._single:
+            batch = self._batch(key, processed, waiting)
+        kind = _KINDS[_content(processed)]
+        call = TowerCall(self._model, [*batch.values()], [*batch], kind, self._outputs)
+        self._calls.update(dict.fromkeys([media, *batch.values()], call))
+        return call
+
+    def _end(self, call: TowerCall) -> list[Media]:
+        """Forget a call; return the files that waited for it."""
+        files = [media for media, each in self._calls.items() if each is call]
+        for media in files:
+            del self._calls[media]
+        return files
 
     def _batch(
         self, key: Key, media: Media, waiting: Iterable[tuple[bytes, Media]]
@@ -341,7 +410,7 @@ class VisionEncoder:
         """Return a picture, and those that are encoded together with it."""
         batch = {key: media}
         content = _content(media)
-        if content not in self._batched or media in self._single:
+        if content not in self._batched:
             return batch
         most = MAX_BATCH_BYTES // max(1, media.inputs[content].nbytes)
         self._ahead &= self._kept.keys()
@@ -351,6 +420,8 @@ class VisionEncoder:
         for owner, other in islice(waiting, _MAX_CANDIDATES) if most > 1 else ():
             each = owner, other.digest
             if each in self._kept or each in self._host or other in self._single:
+                continue
+            if self._call(each) is not None:
                 continue
             if _shapes(other) == shapes:
                 batch.setdefault(each, other)
@@ -437,31 +508,6 @@ def _shapes(media: Media) -> dict[str, tuple[int, ...]]:
     if "pixel_values_videos" in shapes:
         shapes["token_ids"] = (len(media.token_ids),)
     return shapes
-
-
-def _embed(model: VisionModel, batch: Parts[Media]) -> list[mx.array]:
-    """Return the embeddings of each picture, sound or group of frames, by one call of its tower.
-
-    Inputs must have the same shapes. Raises `ValueError` if rows are missing, and what the model
-    raises.
-    """
-    token_ids = [token_id for media in batch for token_id in media.token_ids]
-    inputs = {
-        name: mx.array(
-            np.concatenate([media.inputs[name] for media in batch]) if batch[1:] else one
-        )
-        for name, one in batch[0].inputs.items()
-    }
-    made = model.embed(mx.array(token_ids, mx.int32), inputs)
-    parts = [made]
-    if batch[1:]:
-        if made.shape[-2] != len(token_ids):
-            raise ValueError(f"{made.shape[-2]} embeddings for {len(token_ids)} tokens of files")
-        ends = np.cumsum([0, *(len(media.token_ids) for media in batch)]).tolist()
-        # They are copies: a slice would keep the memory of the others after they are evicted.
-        parts = [mx.take(made, mx.arange(*edges), axis=-2) for edges in pairwise(ends)]
-    mx.async_eval(parts)  # while it runs, the host builds the step
-    return parts
 
 
 def joins() -> bool:
@@ -560,7 +606,7 @@ def _test(
     made: dict[Media, mx.array] = {}
     for file in files:
         _, (media,) = processor.place([token_id], [file])
-        embeddings = VisionEncoder(model).embeddings(media)
+        (embeddings,) = TowerCall(model, [media]).finish()
         if not media.until and embeddings.shape[-2] != len(media.token_ids):
             raise EngineError(
                 f"the {tower} tower returned {embeddings.shape[-2]} embeddings for"
@@ -578,7 +624,7 @@ def _is_batched(model: Any, made: Mapping[Media, mx.array]) -> bool:
     what = _KINDS[_content(next(iter(made)))]
     first, second = alone = [each.astype(mx.float32) for each in made.values()]
     try:
-        together = mx.stack(_embed(model, [*made]))
+        together = mx.stack(TowerCall(model, [*made]).finish())
         error = mx.abs(together - mx.stack(alone)).mean()
         is_close = bool(error <= _TOLERANCE * mx.abs(first - second).mean())  # NaN is not
     except _FAILURES as failure:

@@ -624,7 +624,7 @@ def test_a_step_with_tokens_encodes_one_picture() -> None:
     assert engine.vision is not None
     encoder = engine.vision.encoder
     encoder._batched = frozenset()
-    engine.add_request("text", request(engine, "hello", [], count=60))
+    engine.add_request("text", request(engine, "hello", [], count=200))
     while not any(event.token_ids for event in engine.step()):
         pass
     engine.add_request("pictures", request(engine, text, pictures))

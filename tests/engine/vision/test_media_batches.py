@@ -19,6 +19,7 @@ from modelpack_engine.vision import encoder as encoder_module
 from modelpack_engine.vision.encoder import Vision, VisionEncoder
 from modelpack_engine.vision.models import CLASSES, VisionModel
 from modelpack_engine.vision.sounds import SOUND_CLASSES, Sound
+from modelpack_engine.vision.tower_call import TowerCall
 from modelpack_engine.vision.videos import VIDEO_CLASSES, Video
 from tests.engine.vision import hearing, tiny, watching
 from tests.engine.vision.hearing import sound
@@ -65,8 +66,8 @@ def joined(media: list[Media]) -> Iterator[list[Media]]:
 
 def check_batch(model: VisionModel, batch: list[Media], content: str) -> None:
     """Embeddings are those of single calls, and NaN of one file does not reach another."""
-    alone = [encoder_module._embed(model, [each])[0] for each in batch]
-    together = encoder_module._embed(model, batch)
+    alone = [TowerCall(model, [each]).finish()[0] for each in batch]
+    together = TowerCall(model, batch).finish()
     assert len(together) == len(batch) > 1
     largest = max(float(mx.abs(each).max()) for each in alone)
     for each, found in zip(alone, together, strict=True):
@@ -77,7 +78,7 @@ def check_batch(model: VisionModel, batch: list[Media], content: str) -> None:
     assert float(mx.abs(first - last).max()) > 0.05 * largest
     nan = np.full_like(batch[0].inputs[content], np.nan)
     broken = dataclasses.replace(batch[0], inputs={**batch[0].inputs, content: nan})
-    first, *rest = encoder_module._embed(model, [broken, *batch[1:]])
+    first, *rest = TowerCall(model, [broken, *batch[1:]]).finish()
     assert mx.isnan(first).any()
     for each, found in zip(alone[1:], rest, strict=True):
         assert float(mx.abs(each - found).max()) <= 1e-5 * largest

@@ -19,6 +19,7 @@ from modelpack_engine.request import Media, SamplingParams
 from modelpack_engine.vision import encoder as encoder_module
 from modelpack_engine.vision.encoder import VisionEncoder, open_vision
 from modelpack_engine.vision.models import CLASSES, VisionModel
+from modelpack_engine.vision.tower_call import TowerCall
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import KINDS, kinds, picture, request, run
 
@@ -71,8 +72,8 @@ def test_embeddings_are_those_of_single_pictures(kind: str) -> None:
         shapes = {name: array.shape for name, array in media[0].inputs.items()}
         batch = [each for each in media if {n: a.shape for n, a in each.inputs.items()} == shapes]
         assert len(batch) > 1
-        alone = [encoder_module._embed(model, [each])[0] for each in batch]
-        together = encoder_module._embed(model, batch)
+        alone = [TowerCall(model, [each]).finish()[0] for each in batch]
+        together = TowerCall(model, batch).finish()
         assert len(together) == len(batch)
         largest = max(float(mx.abs(each).max()) for each in alone)
         for each, found in zip(alone, together, strict=True):
@@ -81,7 +82,7 @@ def test_embeddings_are_those_of_single_pictures(kind: str) -> None:
         assert float(mx.abs(together[0] - together[-1]).max()) > 0.1 * largest
         pixels = np.full_like(batch[0].inputs["pixel_values"], np.nan)
         broken = dataclasses.replace(batch[0], inputs={**batch[0].inputs, "pixel_values": pixels})
-        nan, *rest = encoder_module._embed(model, [broken, *batch[1:]])
+        nan, *rest = TowerCall(model, [broken, *batch[1:]]).finish()
         assert mx.isnan(nan).any()
         for each, found in zip(alone[1:], rest, strict=True):
             assert float(mx.abs(each - found).max()) <= 1e-5 * largest

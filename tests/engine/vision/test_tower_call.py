@@ -1,0 +1,411 @@
+"""Calls of a tower that are evaluated in slices, beside sequences that decode."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Parts
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.engine import Engine
+from modelpack_engine.request import EngineRequest, Media, SamplingParams
+from modelpack_engine.vision import encoder as encoder_module
+from modelpack_engine.vision import tower_call
+from modelpack_engine.vision.encoder import Vision, VisionEncoder
+from modelpack_engine.vision.tower_call import BlockOutputs, TowerCall
+from tests.engine.vision import hearing, tiny
+from tests.engine.vision.test_media_batches import heard
+from tests.engine.vision.tiny import KINDS, kinds, picture, request, run
+
+ASK = "<image>What is it?"
+ENGINES = kinds("gemma3", "idefics3", "llava", "pixtral", "qwen2_5_vl", "qwen3_vl", "mllama")
+
+
+class Tower(nn.Module):  # type: ignore[misc]
+    """Ten blocks, each of which has a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(10)]
+        self.language_model = nn.Sequential(nn.Linear(8, 8))
+        mx.eval(self.parameters())
+
+    def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
+        x = inputs["pixel_values"]
+        for block in self.blocks:
+            x = block(x)
+        return x + 1
+
+
+def media_of(number: int, start: int = 0) -> Media:
+    pixels = np.full((3, 8), number, np.float32)
+    return Media(start, (1, 2, 3), bytes([number]), {"pixel_values": pixels})
+
+
+def num_left(call: TowerCall, path: Path) -> int:
+    """Return how many of the blocks are not evaluated."""
+    mx.export_to_dot(str(path), *call._parts)
+    return path.read_text().count('"Tanh"')
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each slice's first block take a second."""
+    times = iter(range(1 << 20))
+    monkeypatch.setattr(tower_call, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0, 1), (1.9, 1), (3, 3), (99, 10)])
+def test_a_slice_is_as_many_blocks_as_take_so_long(
+    seconds: float, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock(monkeypatch)
+    tower = Tower()
+    outputs = BlockOutputs(tower)
+    expected = TowerCall(tower, [media_of(1)]).finish()
+    call = TowerCall(tower, [media_of(1)], outputs=outputs)
+    call.advance(seconds)  # copies the inputs
+    assert not call._parts
+    call.advance(seconds)  # builds the graph
+    left = num_left(call, tmp_path / "graph")
+    assert left == 10
+    while not call.is_evaluated:
+        call.advance(seconds)
+        before, left = left, num_left(call, tmp_path / "graph")
+        assert left == max(0, before - most)
+    assert left == 0
+    assert mx.array_equal(call.finish()[0], expected[0])
+
+
+def test_the_rest_is_evaluated_at_once(tmp_path: Path) -> None:
+    tower = Tower()
+    expected = TowerCall(tower, [media_of(1)]).finish()
+    outputs = BlockOutputs(tower)
+    for slices in range(6):
+        call = TowerCall(tower, [media_of(1)], outputs=outputs)
+        for _ in range(slices):
+            call.advance(0)
+        (found,) = call.finish()
+        assert call.is_evaluated
+        assert mx.array_equal(found, expected[0])
+
+
+def test_blocks_outside_of_a_call_are_not_recorded() -> None:
+    tower = Tower()
+    outputs = BlockOutputs(tower)
+    assert outputs.found
+    tower.embed(mx.array([1]), {"pixel_values": mx.ones((3, 8))})
+    with outputs.recorded() as recorded:
+        tower.language_model(mx.ones((1, 8)))
+        assert not recorded
+    assert not BlockOutputs(tiny.tiny_loaded).found  # type: ignore[arg-type]
+
+
+def test_evaluated_blocks_free_their_memory() -> None:
+    """Each of ten blocks returns 4 MiB."""
+    tower = Tower()
+    outputs = BlockOutputs(tower)
+    pixels = np.ones((1 << 17, 8), np.float32)
+    media = Media(0, (1, 2, 3), b"large", {"pixel_values": pixels})
+    call = TowerCall(tower, [media], outputs=outputs)
+    call.advance(0)
+    call.advance(0)
+    gc.collect()
+    before = mx.get_active_memory()
+    while not call.is_evaluated:
+        call.advance(0)
+        assert mx.get_active_memory() - before <= 5 << 20
+
+
+def check_slices(vision: Vision, media: Parts[Media]) -> None:
+    """The bits are those of an evaluation at once; the tower has blocks."""
+    model, outputs = vision.encoder._model, vision.encoder._outputs
+    expected = TowerCall(model, media).finish()
+    call = TowerCall(model, media, outputs=outputs)
+    steps = 0
+    while not call.is_evaluated:
+        call.advance(0)
+        steps += 1
+    assert steps >= 3, "there is one block, at least"
+    for each, found in zip(expected, call.finish(), strict=True):
+        assert each.dtype == found.dtype
+        assert np.array(each).tobytes() == np.array(found).tobytes()
+
+
+@pytest.mark.parametrize("kind", kinds(*(kind for kind in KINDS if kind != "gemma4_unified")))
+def test_embeddings_are_those_of_one_evaluation(kind: str) -> None:
+    vision = tiny.tiny_loaded(kind).vision
+    assert vision is not None
+    token_id = vision.processor.image_token_id
+    for each in (picture(1), picture(2, 64, 64)):
+        check_slices(vision, vision.processor.place([token_id], [each])[1][:1])
+
+
+@pytest.mark.parametrize("kind", kinds(*({*hearing.KINDS} - {"gemma4_unified"})))
+def test_embeddings_of_sounds_are_those_of_one_evaluation(kind: str) -> None:
+    vision = hearing.loaded(kind).vision
+    assert vision is not None
+    check_slices(vision, heard(vision, 16_129)[:1])
+
+
+class Slices:
+    """Runs steps of an engine beside a text, one block a slice; counts the slices of each step."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, texts: int = 1) -> None:
+        assert engine.vision is not None
+        self.engine, self.encoder = engine, engine.vision.encoder
+        self.count, self.tokens, self.errors = 0, dict[str, list[int]](), dict[str, str]()
+        advance = TowerCall.advance
+
+        def counted(call: TowerCall, seconds: float) -> None:
+            self.count += 1
+            assert seconds == 0
+            left = len(call._states)
+            advance(call, seconds)
+            assert len(call._states) == left - 1 or not left
+
+        monkeypatch.setattr(TowerCall, "advance", counted)
+        monkeypatch.setattr(encoder_module, "median", lambda _: 0)
+        for index in range(texts):
+            self.add(f"text-{index}", request(engine, "hello", [], 200))
+        while len(self.tokens) < texts:
+            self.step()
+
+    def add(self, name: str, made: EngineRequest) -> None:
+        self.engine.add_request(name, made)
+
+    def step(self) -> int:
+        """Return the number of slices of a step."""
+        before = self.count
+        for event in self.engine.step():
+            if event.error is not None:
+                self.errors[event.request_id] = event.error
+            self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+        return self.count - before
+
+    def until(self, reached: Callable[[], object], *, preempts: bool = False) -> None:
+        """Run steps, each of one slice at most, in which the text gets a token.
+
+        Before a sequence is preempted, a step only collects the tokens of the one before.
+        """
+        while not reached():
+            texts = len(self.tokens["text-0"])
+            assert self.step() <= 1
+            assert preempts or len(self.tokens["text-0"]) > texts
+
+    def has(self, *names: str) -> bool:
+        return all(len(self.tokens.get(name, "")) == 8 for name in names)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_step_beside_a_text_evaluates_one_slice(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny.tiny_engine(kind, max_num_batched_tokens=256)
+    beside = Slices(engine, monkeypatch, texts=2)
+    beside.add("one", request(beside.engine, ASK, [picture(1)]))
+    beside.add("two", request(beside.engine, f"look: {ASK}", [picture(2, 31, 17)]))
+    beside.until(lambda: beside.has("one", "two"))
+    assert beside.count >= 6
+    assert beside.tokens["one"] == tiny.expected(kind, ASK, [picture(1)])
+    assert beside.tokens["two"] == tiny.expected(kind, f"look: {ASK}", [picture(2, 31, 17)])
+    assert (beside.encoder.misses, len(beside.encoder._calls)) == (2, 0)
+
+
+def test_pictures_without_a_text_are_evaluated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = Slices(tiny.tiny_engine("llava"), monkeypatch, texts=0)
+    assert run(beside.engine, request(beside.engine, ASK, [picture(1)]))
+    assert beside.count == 0
+
+
+def test_more_prompts_than_texts_are_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts beside one text; the last one is then beside both others."""
+    beside = Slices(tiny.tiny_engine("llava", max_num_batched_tokens=256), monkeypatch)
+    for seed in (1, 2):
+        beside.add(str(seed), request(beside.engine, ASK, [picture(seed)]))
+    beside.step()
+    assert (beside.count, beside.encoder.misses) == (0, 1)
+    beside.until(lambda: beside.encoder.misses == 2)
+    assert beside.count > 0
+
+
+def test_a_step_computes_the_text_before_a_picture_or_a_slice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beside = Slices(tiny.tiny_engine("llava", max_num_batched_tokens=256), monkeypatch)
+    made = request(beside.engine, f"Look at this: {ASK}", [picture(1)])
+    beside.add("one", made)
+    assert beside.step() == 0
+    (sequence,) = (each for each in beside.engine._scheduler._running if each.media)
+    assert sequence.num_computed_tokens == made.media[0].start
+    assert beside.step() == 1
+
+
+@pytest.mark.parametrize("slices", range(1, 5))
+def test_an_aborted_request_ends_its_call(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = Slices(tiny.tiny_engine("llava"), monkeypatch)
+    beside.add("gone", request(beside.engine, ASK, [picture(1)]))
+    beside.until(lambda: beside.count == slices)
+    (call,) = {*map(weakref.ref, beside.encoder._calls.values())}
+    beside.engine.abort("gone")
+    assert call() is None
+    assert (beside.encoder.nbytes, beside.encoder._users) == (0, {})
+    beside.add("one", request(beside.engine, ASK, [picture(1)]))
+    beside.until(lambda: beside.has("one"))
+    assert beside.tokens["one"] == tiny.expected("llava", ASK, [picture(1)])
+
+
+@pytest.mark.parametrize("kind", kinds("llava", "mllama"))
+def test_requests_with_the_same_picture_share_its_call(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one ends when half of the call is evaluated."""
+    beside = Slices(tiny.tiny_engine(kind), monkeypatch, texts=2)
+    for name in ("gone", "one"):
+        beside.add(name, request(beside.engine, ASK, [picture(1)]))
+    beside.until(lambda: beside.count == 3)
+    (call,) = {*beside.encoder._calls.values()}
+    beside.engine.abort("gone")
+    beside.until(lambda: beside.has("one"))
+    assert call.is_evaluated
+    assert beside.encoder.misses == 1
+    assert beside.tokens["one"] == tiny.expected(kind, ASK, [picture(1)])
+
+
+def test_a_preempted_request_goes_on_with_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture in the background gives its place to a text, beside another one."""
+    engine = tiny.tiny_engine("llava", max_num_seqs=2)
+    beside = Slices(engine, monkeypatch)
+    beside.add("one", request(engine, ASK, [picture(1)], background=True))
+    beside.until(lambda: beside.count == 3)
+    beside.add("two", request(engine, "hello", []))
+    beside.until(lambda: beside.has("two"), preempts=True)
+    assert engine.stats().num_preemptions == 1
+    beside.until(lambda: beside.has("one"))
+    assert beside.encoder.misses == 1
+    assert beside.tokens["one"] == tiny.expected("llava", ASK, [picture(1)])
+
+
+def test_another_request_finishes_the_call_of_a_preempted_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = tiny.tiny_engine("llava", max_num_seqs=3)
+    beside = Slices(engine, monkeypatch, texts=2)
+    beside.add("one", request(engine, ASK, [picture(1)], background=True))
+    beside.until(lambda: beside.count == 3)
+    beside.add("two", request(engine, ASK, [picture(2)]))
+    beside.until(lambda: beside.has("two"), preempts=True)
+    assert beside.encoder.misses == 2
+    beside.until(lambda: beside.has("one"))
+    assert beside.encoder.misses == 2
+    for name, seed in (("one", 1), ("two", 2)):
+        assert beside.tokens[name] == tiny.expected("llava", ASK, [picture(seed)])
+
+
+def test_a_bad_picture_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    beside = Slices(tiny.tiny_engine("llava"), monkeypatch, texts=2)
+    made = request(beside.engine, ASK, [picture(1)])
+    pixels = np.zeros((1, 3, 7), np.float32)
+    bad = dataclasses.replace(made.media[0], digest=b"bad", inputs={"pixel_values": pixels})
+    beside.add("bad", dataclasses.replace(made, media=(bad,)))
+    beside.add("one", made)
+    beside.until(lambda: beside.has("one"))
+    assert beside.errors == {"bad": "messages: the model cannot encode this picture"}
+    assert beside.tokens["one"] == tiny.expected("llava", ASK, [picture(1)])
+    assert not beside.encoder._calls
+
+
+@pytest.mark.parametrize("slices", [3, 4])
+def test_memory_that_runs_out_in_a_slice(slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures in one call: after its failure, each has one of its own."""
+    monkeypatch.setattr(encoder_module, "joins", lambda: True)
+    beside = Slices(tiny.tiny_engine("llava"), monkeypatch, texts=2)
+    for seed in (1, 2):
+        beside.add(str(seed), request(beside.engine, ASK, [picture(seed)]))
+    beside.until(lambda: beside.count == slices - 1)
+    (call,) = {*beside.encoder._calls.values()}
+    assert len(call.keys) == 2
+
+    def fail(_: object) -> None:
+        raise RuntimeError("[malloc] out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tower_call, "mx", SimpleNamespace(**vars(mx) | {"eval": fail}))
+        beside.until(lambda: beside.count == slices)
+    assert not beside.encoder._calls
+    beside.until(lambda: beside.has("1", "2"))
+    assert beside.encoder.misses == 2
+    assert not beside.errors
+    for seed in (1, 2):
+        assert beside.tokens[str(seed)] == tiny.expected("llava", ASK, [picture(seed)])
+
+
+def test_pictures_that_wait_are_encoded_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both get the parts of a call whose slices are those of one picture."""
+    monkeypatch.setattr(encoder_module, "joins", lambda: True)
+    engine = tiny.tiny_engine("llava", max_num_batched_tokens=256)
+    beside = Slices(engine, monkeypatch, texts=2)
+    for seed in (1, 2):
+        beside.add(str(seed), request(beside.engine, ASK, [picture(seed)]))
+    beside.until(lambda: beside.has("1", "2"))
+    assert (beside.encoder.misses, beside.encoder.hits) == (2, 1)
+    for seed in (1, 2):
+        assert beside.tokens[str(seed)] == tiny.expected("llava", ASK, [picture(seed)])
+
+
+def test_embeddings_without_room_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk of the picture takes a call of its own."""
+    beside = Slices(tiny.tiny_engine("idefics3", max_num_batched_tokens=24), monkeypatch)
+    beside.encoder._max_bytes = 0
+    beside.add("one", request(beside.engine, ASK, [picture(3, 16, 64)]))
+    beside.until(lambda: beside.has("one"))
+    assert beside.encoder.misses > 1
+    assert beside.tokens["one"] == tiny.expected("idefics3", ASK, [picture(3, 16, 64)])
+
+
+def test_a_slice_takes_as_long_as_a_step_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps with pictures do not count, nor does an idle engine."""
+    given = []
+    monkeypatch.setattr(TowerCall, "advance", lambda _, seconds: given.append(seconds))
+    now = 100.0
+    monkeypatch.setattr(encoder_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    encoder, user = VisionEncoder(Tower()), Sequence("r", [1, 2, 3, 4], SamplingParams())
+    media = media_of(1)
+
+    def slice_of_step() -> None:
+        encoder.begin_step()
+        assert not encoder.prepare(user, media, alone=False, in_slices=True)
+
+    slice_of_step()
+    for seconds in (2, 50, 3, 2, 4):
+        encoder.begin_step()
+        now += seconds
+    for _ in range(3):
+        slice_of_step()
+        now += 1000
+    assert given == [0, 3, 3, 3]
+
+
+def test_a_picture_of_a_call_is_not_encoded_with_others() -> None:
+    """Another picture is encoded at once, and one that waits is part-way."""
+    encoder = VisionEncoder(Tower(), batched=frozenset({"pixel_values"}))
+    users = [Sequence(name, [1, 2, 3, 4], SamplingParams()) for name in ("one", "two")]
+    media = [media_of(number) for number in range(3)]
+    for _ in range(3):
+        encoder.begin_step()
+        assert not encoder.prepare(users[0], media[0], alone=False, in_slices=True)
+    waiting = [(b"", each) for each in media]
+    encoder.begin_step()
+    assert encoder.prepare(users[1], media[1], alone=False, waiting=waiting)
+    assert (encoder.misses, {*encoder._calls}) == (2, {media[0]})
+    encoder.begin_step()
+    assert encoder.prepare(users[0], media[0], alone=True)
+    assert (encoder.misses, {*encoder._calls}) == (3, set())
