@@ -2,8 +2,8 @@
   // LINES outputs of ROWS rows. With EACH > 0, weights are those of experts, a row has EACH of them, and ROWS is 1.
   //   x [M, K] T   weight [N, words of a row] uint   bias [N] T (BIAS)   out [M, N] O
   //   EACH: weight [experts, N, words]   bias [experts, N]   chosen [M * EACH] uint   out [M * EACH, N]
-  //   LOW, HIGH, GROUP, SCALED, MINS, EXPONENTS: of the type; a code stands for code - ZERO, or with a TABLE, for one
-  //   of 16 values
+  //   LOW, HIGH, GROUP, BLOCK, SCALED, MINS, EXPONENTS: of the type; a code stands for code - ZERO, or with a TABLE,
+  //   for one of 16 values
   typedef PaBlocks<LOW, HIGH> Codes;
   typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef typename Codes::Low Low;
@@ -17,7 +17,7 @@
   const int lane = PA_LANE, first = (PA_X * NSG + PA_SIMD) * LINES, row0 = PA_Y * ROWS;
   const size_t output0 = EACH ? (size_t)chosen[row0] * N : 0;  // of the row's expert
   const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
-  const int bytes_at = (SCALED ? K / 256 : K / 32) * FACTORS;
+  const int bytes_at = K / BLOCK * FACTORS;
   PA_SHARED(float, values, 16);
   if (TABLE) {
     if (PA_SIMD == 0 && lane < 16) values[lane] = pa_value_of<TABLE>(lane);
@@ -40,7 +40,7 @@
         low[a][l] = ((const PA_DEVICE Low*)line)[unit];
         if (HIGH > 0) high[a][l] = ((const PA_DEVICE High*)(line + highs))[unit];
         const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
-        const int block = (SCALED ? unit / 8 : unit) * FACTORS;
+        const int block = unit / (BLOCK / 32) * FACTORS;
         factor[a][l] = there >= units ? 0.0f : EXPONENTS ? 1.0f : float(given[block]);
         least[a][l] = MINS && there < units ? float(given[block + 1]) : 0.0f;
         bytes[a][l] = !SCALED ? 0u : TWO ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]

@@ -21,7 +21,7 @@
   if (row0 >= M) return;  // a span that is not used
   const size_t of_expert = EXPERTS ? (size_t)spans[PA_Y * 3] * N : 0;
   const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
-  const int bytes_at = (SCALED ? K / 256 : K / 32) * FACTORS;
+  const int bytes_at = K / BLOCK * FACTORS;
   PA_SHARED(unsigned, values, 16);
   if (TABLE) {
     if (warp == 0 && lane < 16) values[lane] = pa_pack<T>(pa_value_of<TABLE>(lane), 0.0f);
@@ -44,7 +44,7 @@
         low[a][h] = ((const Low*)line)[unit];
         if (HIGH > 0) high[a][h] = ((const High*)(line + highs))[unit];
         const H* given = (const H*)(line + factors);
-        const int block = (SCALED ? unit / 8 : unit) * FACTORS;
+        const int block = unit / (BLOCK / 32) * FACTORS;
         factor[a][h] = EXPONENTS ? 1.0f : float(given[block]);
         least[a][h] = MINS ? float(given[block + 1]) : 0.0f;
         bytes[a][h] = !SCALED ? 0u : TWO ? ((const unsigned short*)(given + bytes_at))[unit]

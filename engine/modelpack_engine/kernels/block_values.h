@@ -4,7 +4,7 @@
   typedef PaBlocks<LOW, HIGH> Codes;
   typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef PaVec<T, 8> Eight;
-  constexpr int FACTORS = Scales::FACTORS, BLOCK = SCALED ? 256 : 32, THREADS = NSG * 32;
+  constexpr int FACTORS = Scales::FACTORS, THREADS = NSG * 32;
   constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
   constexpr int BYTES = BLOCK * (LOW + HIGH) / 8 + FACTORS * 2 + (SCALED ? BLOCK / 32 * (TWO ? 2 : 1) : 0);
   const int words = weight_shape[1], K = words * 4 / BYTES * BLOCK, highs = K / 32 * LOW;
@@ -14,7 +14,7 @@
   if (eight < K / 8) {
     const PA_DEVICE unsigned int* line = weight + (size_t)row * words;
     const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
-    const int unit = eight / 4, block = (SCALED ? unit / 8 : unit) * FACTORS;
+    const int unit = eight / 4, block = unit / (BLOCK / 32) * FACTORS;
     const unsigned int bytes = !SCALED ? 0u : TWO ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
                                                   : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
     const int part = eight % 4 * 8 / GROUP;

@@ -20,8 +20,9 @@ struct PaBlocks {
   }
 };
 
-// The scales and offsets of groups: a block's factor, times a number of a group if it is SCALED. The two bytes of
-// 32 weights are numbers of two groups of 16 (with MINS, two of four bits each), or of a scale and an offset.
+// The scales and offsets of groups: the factor of a BLOCK of weights, times a number of a group if it is SCALED.
+// The two bytes of 32 weights are numbers of two groups of 16 (with MINS, two of four bits each), or of a scale and
+// an offset.
 // EXPONENTS: there are no factors, and a group's byte is the exponent of its scale, plus 128.
 template <int GROUP, bool SCALED, bool MINS, bool EXPONENTS>
 struct PaScales {

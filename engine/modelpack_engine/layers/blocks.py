@@ -11,7 +11,7 @@ experts, are computed in full for the time of its matmul.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 
 import mlx.core as mx
@@ -41,6 +41,8 @@ class BlockType:
     A code stands for (code - `zero`) * scale + offset, or with a `table`, for one of its values. If
     `scaled`, a scale is a superblock's factor times a byte. With `mins`, groups have offsets. With
     `exponents`, there are no factors: a scale is 2 to the power of its byte - 128.
+
+    `superblock` weights share the factors of a `scaled` type: 128 if halves were reordered.
     """
 
     name: str
@@ -52,11 +54,12 @@ class BlockType:
     zero: int
     table: tuple[int, ...] = ()
     exponents: bool = False
+    superblock: int = SUPERBLOCK
 
     @property
     def block(self) -> int:
         """The weights that have factors of their own."""
-        return SUPERBLOCK if self.scaled else self.group
+        return self.superblock if self.scaled and not self.exponents else self.group
 
     @property
     def factors(self) -> int:
@@ -67,6 +70,11 @@ class BlockType:
     def group_bytes(self) -> int:
         """The bytes of scales and offsets of 32 weights; Q2_K has both in one byte."""
         return (2 if self.group == 16 or self.mins else 1) if self.scaled else 0
+
+    @property
+    def halved(self) -> BlockType:
+        """The type with factors for each half of a superblock, so that halves can be reordered."""
+        return replace(self, superblock=SUPERBLOCK // 2) if self.block == SUPERBLOCK else self
 
     def words(self, inputs: int) -> int:
         """Return the words of a row of so many weights."""
@@ -86,9 +94,9 @@ class BlockType:
     def constants(self) -> list[tuple[str, int | bool]]:
         """The template arguments of the kernels."""
         return [
-            ("LOW", self.low), ("HIGH", self.high), ("GROUP", self.group), ("SCALED", self.scaled),
-            ("MINS", self.mins), ("ZERO", self.zero), ("TABLE", _TABLES.index(self.table)),
-            ("EXPONENTS", self.exponents),
+            ("LOW", self.low), ("HIGH", self.high), ("GROUP", self.group), ("BLOCK", self.block),
+            ("SCALED", self.scaled), ("MINS", self.mins), ("ZERO", self.zero),
+            ("TABLE", _TABLES.index(self.table)), ("EXPONENTS", self.exponents),
         ]  # fmt: skip
 
 

@@ -93,6 +93,22 @@ def test_tiles_on_the_host(
     assert {body for body, _ in host.calls} == {"block_tiles"}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_halves_of_superblocks_have_factors(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Each kernel reads factors of 128 weights, which rows with reordered columns have."""
+    kind = BLOCK_TYPES[name].halved
+    assert kind.block == min(BLOCK_TYPES[name].block, 128)
+    assert kind.inputs(kind.words(1280)) == 1280
+    assert blocks._compare_values(F32, kind) is None
+    assert blocks._compare(BF16, kind, 3) is None
+    assert blocks._compare_experts(BF16, kind, biased=False) is None
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    assert blocks._compare_tiles(BF16, kind, SMALL) is None
+    assert {body for body, _ in host.calls} == {"block_values", "block_dots", "block_tiles"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("rows", "dtype"), [(1, F16), (2, F32), (4, BF16), (8, F32), (11, BF16)])
 def test_any_number_of_rows_of_any_type(host: Host, rows: int, dtype: mx.Dtype) -> None:
@@ -106,7 +122,9 @@ def test_any_number_of_rows_of_any_type(host: Host, rows: int, dtype: mx.Dtype) 
     ("verdict", "wrong"),
     [
         ("verdict", ("- float(OFFSET + ZERO) * scale", "")),
-        pytest.param("verdict", ("unit / 8 : unit", "unit / 4 : unit"), marks=pytest.mark.long),
+        pytest.param(
+            "verdict", ("unit / (BLOCK / 32)", "unit / (BLOCK / 16)"), marks=pytest.mark.long
+        ),
         pytest.param("values", ("eight % 4 * 8 / GROUP", "0"), marks=pytest.mark.long),
         ("tiles", ("h * 8 + r;", "r;")),
     ],

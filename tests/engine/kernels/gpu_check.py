@@ -302,11 +302,13 @@ def test_kernels_of_state_spaces_are_right(dtype: str) -> None:
 @pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
 def test_kernels_of_blocks_are_right(name: str, dtype: str) -> None:
     kind = BLOCK_TYPES[name]
-    assert blocks.values_verdict(DTYPES[dtype], kind) is None
-    for rows in (1, 2, 4, 8):
-        assert blocks.verdict(DTYPES[dtype], kind, rows) is None
+    for stored in {kind, kind.halved}:
+        assert blocks.values_verdict(DTYPES[dtype], stored) is None
+        for rows in (1, 2, 4, 8):
+            assert blocks.verdict(DTYPES[dtype], stored, rows) is None
+        for tile in blocks.TILES if dtype != "f32" and blocks._has_tensor_cores() else ():
+            assert blocks.tiles_verdict(DTYPES[dtype], stored, tile) is None
     for biased in (False, True):
         assert blocks.experts_verdict(DTYPES[dtype], kind, biased) is None
     for tile in blocks.TILES if dtype != "f32" and blocks._has_tensor_cores() else ():
-        assert blocks.tiles_verdict(DTYPES[dtype], kind, tile) is None
         assert blocks.spans_verdict(DTYPES[dtype], kind, tile, True) is None

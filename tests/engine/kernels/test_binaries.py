@@ -320,7 +320,7 @@ LLAMA = AttentionShape(8, 2, 64, 64)
 SINKS = AttentionShape(8, 2, 64, 64, window=128, softcap=True, sinks=True)
 LATENT = AttentionShape(16, 1, 512, 512, 64, latent=True)
 Q8 = AttentionShape(8, 2, 64, 64, bits=8, group=64)
-BLOCKS = blocks.BLOCK_TYPES
+BLOCKS = {**blocks.BLOCK_TYPES, "halves of Q4_K": blocks.BLOCK_TYPES["Q4_K"].halved}
 PLACE = delivery.Place(np.zeros(0, np.int32), mx.zeros((4,), mx.int32))
 CALLS: dict[str, Callable[[], object]] = {
     "decode": lambda: operations.probe_decode(LLAMA, "cuda", BF16, BF16),
@@ -350,7 +350,7 @@ CALLS: dict[str, Callable[[], object]] = {
             blocks._compare(BF16, BLOCKS[name], 1),
             blocks._compare_values(F16, BLOCKS[name]),
         )
-        for name in ("Q2_K", "Q5_K", "Q6_K", "Q5_1", "IQ4_XS")
+        for name in ("Q2_K", "Q5_K", "Q6_K", "Q5_1", "IQ4_XS", "halves of Q4_K")
     },
     "experts": lambda: expert_kernels._compare_matmul(BF16, 16, 32, swiglu=True),
     "dots": lambda: dots._compare(BF16, 16, 64),
@@ -417,7 +417,7 @@ def test_nvidia_s_compiler_takes_warpgroups(
     assert compiling.done
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "Q5_1", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "Q5_1", "IQ4_XS", "halves of Q4_K"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_nvidia_s_compiler_takes_tiles_of_blocks(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: mx.Dtype

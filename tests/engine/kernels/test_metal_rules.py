@@ -193,13 +193,13 @@ RECURRENT = [
         for size, vector, before in ((128, 4, False), (32, 1, True))
     ),
 ]  # fmt: skip
-#: Kernels of GGUF's block types: of 6 bits, of 2 with minimums, and by a table.
+#: Kernels of GGUF's block types: of 6 bits, of 2 with minimums, by a table, and with halves.
 BLOCKS = [
     Instance(
         body,
         (*BF16, *(() if body == "block_values" else (("O", "bfloat16_t"),)), ("H", "float16_t")),
         (
-            *BLOCK_TYPES[name].constants,
+            *kind.constants,
             *(
                 (("NSG", 4),)
                 if body == "block_values"
@@ -211,7 +211,10 @@ BLOCKS = [
         ),
     )
     for body, each in (("block_dots", 0), ("block_dots", 8), ("block_values", 0))
-    for name in ("Q6_K", "Q2_K", "IQ4_XS", "Q5_1")
+    for kind in (
+        *(BLOCK_TYPES[name] for name in ("Q6_K", "Q2_K", "IQ4_XS", "Q5_1")),
+        BLOCK_TYPES["Q4_K"].halved,
+    )
 ]  # fmt: skip
 #: Inputs that can have fewer than 8 elements: MLX puts them into `constant`, one by one.
 SMALL: dict[Body, tuple[str, ...]] = {
