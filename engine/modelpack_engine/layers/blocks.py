@@ -1,8 +1,8 @@
 """Layers and embeddings whose weights keep the codes and scales of GGUF's block types.
 
-A row of K weights, a multiple of 256, is held as words: a plane of the codes' low bits, one of
-their high bits, the float16 factors of blocks, and the scales of groups in bytes, padded to 16
-bytes. That takes at most 4 % more than the file in rows of 2,048 weights or more.
+A row of whole blocks is held as words: a plane of the codes' low bits, one of their high bits, the
+float16 factors of blocks, and the scales of groups in bytes, padded to 16 bytes. That takes at most
+4 % more than the file in rows of 2,048 weights or more.
 `kernels/blocks.h` reads it; `models/gguf_planes.py` makes it.
 
 Few rows are multiplied by kernels that read these words; for many, a layer's weights, those of all
@@ -62,6 +62,11 @@ class BlockType:
         return self.superblock if self.scaled and not self.exponents else self.group
 
     @property
+    def unit(self) -> int:
+        """The weights of a block in the file, of which a row is a multiple."""
+        return SUPERBLOCK if self.scaled and not self.exponents else self.group
+
+    @property
     def factors(self) -> int:
         """The factors of a block: that of scales, and with `mins` that of offsets."""
         return 0 if self.exponents else 2 if self.mins else 1
@@ -81,10 +86,10 @@ class BlockType:
         return -(-self._bytes(inputs) // _ROW_BYTES) * _ROW_BYTES // 4
 
     def inputs(self, words: int) -> int:
-        """Return the weights of a row of so many words."""
-        blocks = words * 4 // self._bytes(SUPERBLOCK)
-        assert self.words(blocks * SUPERBLOCK) == words, "a row has whole superblocks"
-        return blocks * SUPERBLOCK
+        """Return the weights of a row of so many words: the padding is less than a block."""
+        found = words * 4 // self._bytes(self.unit) * self.unit
+        assert self.words(found) == words, "a row has whole blocks"
+        return found
 
     def _bytes(self, inputs: int) -> int:
         codes = inputs * (self.low + self.high) // 8
@@ -488,8 +493,13 @@ def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> W
     return words
 
 
+def _inputs(kind: BlockType, most: int) -> int:
+    """Return how many weights a row of a test has: not whole superblocks, if the type has none."""
+    return most if kind.unit == SUPERBLOCK else most - 3 * kind.unit
+
+
 def _compare_values(dtype: mx.Dtype, kind: BlockType) -> str | None:
-    weight = mx.array(random_words(kind, 5, 768))
+    weight = mx.array(random_words(kind, 5, _inputs(kind, 768)))
     pair = run_values(weight, kind, dtype), computed_values(weight, kind, dtype)
     tolerance = 1e-6 if dtype == mx.float32 else 2e-3
     return launch.difference({f"the values of {kind.name}": pair}, tolerance)
@@ -499,9 +509,10 @@ def _case(
     dtype: mx.Dtype, kind: BlockType, rows: int, biased: bool
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
     """Return rows, weights, maybe a bias, and what their product should be."""
-    weight = mx.array(random_words(kind, 43, 1280))
+    inputs = _inputs(kind, 1280)
+    weight = mx.array(random_words(kind, 43, inputs))
     full = computed_values(weight, kind, mx.float32)
-    x = mx.random.normal((rows, 1280), key=mx.random.key(rows)).astype(dtype)
+    x = mx.random.normal((rows, inputs), key=mx.random.key(rows)).astype(dtype)
     expected = x.astype(mx.float32) @ full.T
     if not biased:
         return x, weight, None, expected
@@ -526,7 +537,7 @@ def _compare_tiles(dtype: mx.Dtype, kind: BlockType, tile: Tile, biased: bool = 
 
 
 def _compare_experts(dtype: mx.Dtype, kind: BlockType, biased: bool) -> str | None:
-    experts, outputs, inputs, rows, each = 3, 19, 512, 4, 2
+    experts, outputs, inputs, rows, each = 3, 19, _inputs(kind, 512), 4, 2
     words = random_words(kind, experts * outputs, inputs)
     weight = mx.array(words).reshape(experts, outputs, -1)
     full = computed_values(mx.array(words), kind, mx.float32).reshape(experts, outputs, inputs)
@@ -540,7 +551,7 @@ def _compare_experts(dtype: mx.Dtype, kind: BlockType, biased: bool) -> str | No
 
 
 def _compare_spans(dtype: mx.Dtype, kind: BlockType, tile: Tile, biased: bool) -> str | None:
-    experts, outputs, inputs, count = 3, 19, 512, tile.rows + 3
+    experts, outputs, inputs, count = 3, 19, _inputs(kind, 512), tile.rows + 3
     words = mx.array(random_words(kind, experts * outputs, inputs))
     full = computed_values(words, kind, mx.float32).reshape(experts, outputs, inputs)
     x = mx.random.normal((count, inputs), key=mx.random.key(32)).astype(dtype)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelpack_engine.layers.blocks import BLOCK_TYPES, SUPERBLOCK, BlockType, Words
+from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockType, Words
 from modelpack_engine.models.gguf_file import Bytes, GGUFTensor
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes, or for those
@@ -40,7 +40,7 @@ class _Blocks:
 def block_type(dtype: str, shape: tuple[int, ...]) -> BlockType | None:
     """Return how matrices of this type and shape stay as they are stored; None if they cannot."""
     kind = BLOCK_TYPES.get(dtype)
-    fits = len(shape) in (2, 3) and shape[-1] % SUPERBLOCK == 0
+    fits = kind is not None and len(shape) in (2, 3) and shape[-1] % kind.unit == 0
     return kind if fits else None
 
 
@@ -51,7 +51,7 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
     size, decode = _DECODERS[kind.name]
     blocks = decode(tensor.raw.reshape(-1, size))
     words = np.zeros((rows, kind.words(inputs)), np.uint32)
-    codes = _exchanged(blocks.codes.reshape(-1, 4, 2, 4, 8)).reshape(rows, inputs)
+    codes = _exchanged(blocks.codes.reshape(rows, -1, 4, 8)).reshape(rows, inputs)
     at = inputs // 32 * kind.low
     words[:, :at] = _plane(codes & np.uint8((1 << kind.low) - 1), kind.low)
     if kind.high:
@@ -71,10 +71,11 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
 
 
 def _exchanged(codes: Bytes) -> Bytes:
-    """Reorder groups of 8 codes [superblocks, 4, 2, 4, 8] like `eight` in kernels/blocks.h."""
+    """Reorder groups of 8 codes [rows, units of 32, 4, 8] like `eight` in kernels/blocks.h."""
     moved = np.empty_like(codes)
-    for turn in range(4):
-        moved[:, turn] = codes[:, turn][:, :, [place ^ turn for place in range(4)]]
+    for unit in range(8):
+        order = [place ^ unit // 2 for place in range(4)]
+        moved[:, unit::8] = codes[:, unit::8][:, :, order]
     return moved
 
 

@@ -108,17 +108,16 @@ or whose columns are reordered are unpacked (a few of DeepSeek and of Qwen 3.5),
 that are joined with one of another type.
 
 - **GPU** is how Metal and CUDA hold it. "as stored" keeps all codes and scales of the file, in
-  linear layers, experts and embeddings; the weights of latent attention, of models that are
-  divided between devices, and rows that are no multiple of 256 are in 8 bits. "own codes" are those
-  of the file, with scales in the model's type (bfloat16); "8 bits" are codes made at load, which
-  round the values of the file. MLX on a CPU has no "as stored", but 8 bits, and unpacks weights to
+  linear layers, experts and embeddings; the weights of latent attention, and of models that are
+  divided between devices, are in 8 bits. "own codes" are those of the file, with scales in the
+  model's type (bfloat16); "8 bits" are codes made at load, which round the values of the file. MLX on a CPU has no "as stored", but 8 bits, and unpacks weights to
   float32 if they fit into memory.
 - Weights of 4 bits have faster kernels in MLX's layout. As many as needed are held as stored where
   a model would take over 10 % more memory than its tensors in the file, embeddings first.
 - **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
   On Metal it is ours for types that are held as stored, and MLX's for others.
-- MXFP4 is held as stored on CUDA. On Metal, and in rows that are no multiple of 256 (the experts of
-  gpt-oss), it keeps its own codes in MLX's layout, and MLX's kernels multiply.
+- MXFP4 is held as stored on CUDA. On Metal it keeps its own codes in MLX's layout, and MLX's
+  kernels multiply.
 - **CPU library** is [our own](cpu.md), for models of Llama's shape.
 
 | type | file | GPU | in memory | CUDA | CPU library |
