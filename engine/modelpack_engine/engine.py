@@ -114,13 +114,13 @@ class Engine(BaseEngine):
         drafting = check_draft(self.config, loaded, draft)
         self.vocab_size = layout.vocab_size if layout else int(loaded.config["vocab_size"])
         check_token_rows(loaded.model, self.vocab_size)
-        draft_bytes = drafting.layout.bytes_per_token if isinstance(drafting, Draft) else 0
+        small = drafting if isinstance(drafting, Draft) else None
         # Proposals of a draft model, ranks and the library for CPUs know one table of a sequence.
         self._has_window_pools = not (drafting or loaded.packed or self.is_divided)
         self._step_memory = step_memory(loaded.model, self.vocab_size, max_num_seqs(self.config))
-        self._sizes = self._choose_sizes(layout, loaded.context_length, draft_bytes)
+        self._sizes = self._choose_sizes(layout, loaded.context_length, small)
         self.max_model_len = self._sizes.max_model_len
-        per_token = (layout.bytes_per_token if layout else 0) + draft_bytes
+        per_token = sum(each.bytes_per_token for each in (layout, small and small.layout) if each)
         self.kv_cache_bytes = self._sizes.cache_bytes(self.config.block_size, per_token)
         self.weight_bytes = loaded.weight_bytes + (drafting.weight_bytes if drafting else 0)
         #: Bytes of the weights and the KV cache, and of steps' arrays where these stay for long.
@@ -334,15 +334,16 @@ class Engine(BaseEngine):
         return AdapterSet(loaded.model, loaded.config, rows, self.config.max_loras)
 
     def _choose_sizes(
-        self, layout: ModelLayout | None, context_length: int, draft_bytes: int
+        self, layout: ModelLayout | None, context_length: int, draft: Draft | None
     ) -> Sizes:
         # A draft model may have no attention window.
-        window = None if layout is None or draft_bytes else layout.window
+        window = None if layout is None or draft is not None else layout.window
         return choose_sizes(
             layout,
             context_length,
             self.config,
-            draft_bytes=draft_bytes,
+            draft_bytes=0 if draft is None else draft.layout.bytes_per_token,
+            draft_state_bytes=0 if draft is None else draft.state_bytes(self.config),
             window=window,
             groups=layout.window_groups if layout is not None and self._has_window_pools else (),
             step_memory=self._step_memory,

@@ -33,6 +33,7 @@ from modelpack_engine.runner.kv_cache_size import Sizes, on_gpu
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.model_runner import ModelRunner
 from modelpack_engine.sampling.sampler import Sampled, SampleRow
+from modelpack_engine.speculation.speculator import Draft
 
 
 class Ranks:
@@ -200,10 +201,10 @@ class ParallelEngine(Engine):
             self._ranks.give_back()
 
     def _choose_sizes(
-        self, layout: ModelLayout | None, context_length: int, draft_bytes: int
+        self, layout: ModelLayout | None, context_length: int, draft: Draft | None
     ) -> Sizes:
         asked = self._ranks.ask(Kind.CONFIGURE, config=asdict(self.config))
-        own = super()._choose_sizes(layout, context_length, draft_bytes)
+        own = super()._choose_sizes(layout, context_length, draft)
         found = [own.num_blocks]
         for rank, answer in enumerate(
             self._ranks.channel.gather(asked, num_blocks=int, gpu=bool), start=1

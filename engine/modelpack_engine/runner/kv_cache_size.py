@@ -201,6 +201,7 @@ def choose_sizes(
     config: EngineConfig,
     *,
     draft_bytes: int = 0,
+    draft_state_bytes: int = 0,
     window: int | None = None,
     groups: tuple[WindowGroup, ...] = (),
     step_memory: StepMemory = StepMemory(),  # it is frozen
@@ -209,7 +210,8 @@ def choose_sizes(
 ) -> Sizes:
     """Return the sizes for a model with the caches of `layout` (None: not paged).
 
-    A token takes `draft_bytes` more bytes in the KV cache of a draft model. If every layer has an
+    A token takes `draft_bytes` more bytes in the KV cache of a draft model, whose recurrent states
+    take `draft_state_bytes`. If every layer has an
     attention window of at most `window` tokens, a request holds no more tokens than the window and
     one step. `groups` of layers with smaller windows have blocks of their own, unless no request is
     long enough to release any. On CUDA, steps' arrays take `step_memory`. By default, a step can
@@ -267,7 +269,7 @@ def choose_sizes(
         default = _bytes_of_a_request(own, of_groups, shared=True)
         restored = gpu and (config.kv_offload_dir is not None or bool(config.kv_offload_memory))
         snapshot_bytes = layout.snapshot_bytes * (1 + restored)  # in slots, and from the offload
-        others = snapshot_bytes + step_bytes + picture_bytes
+        others = snapshot_bytes + step_bytes + picture_bytes + draft_state_bytes
         state_rows = _state_rows(layout, num_seqs, config, others)
         state_bytes = state_rows * layout.bytes_per_sequence
         budget = _kv_budget(config, default, others + state_bytes)

@@ -302,6 +302,14 @@ class StateRows:
         if seq_id in self.rows and rows is not None:
             self.rows[seq_id] = rows[num_tokens]
 
+    def hold(self, seq_id: int) -> None:
+        """Keep the state of a sequence, as another sequence's, until `go_back` or `release`."""
+        self.rows[_held(seq_id)] = self.rows[seq_id]
+
+    def go_back(self, seq_id: int) -> None:
+        """Continue a sequence from its state at the last `hold`."""
+        self.rows[seq_id] = self.rows.pop(_held(seq_id))
+
     def segments(
         self,
         batch: StepBatch,
@@ -429,6 +437,7 @@ class StateRows:
         """Forget sequences; their rows are dropped when the batch changes."""
         for seq_id in seq_ids:
             self.rows.pop(seq_id, None)
+            self.rows.pop(_held(seq_id), None)
             self._proposed.pop(seq_id, None)
 
     def clear(self) -> None:
@@ -450,6 +459,11 @@ class StateRows:
         if seq_id not in self.rows:
             raise EngineError(f"sequence {seq_id} has no recurrent state to continue from")
         return self.rows[seq_id]
+
+
+def _held(seq_id: int) -> int:
+    """Return the id of the state that `StateRows.hold` keeps, which no sequence has."""
+    return -2 - seq_id
 
 
 def repeated(seq_ids: Sequence[int]) -> list[int]:

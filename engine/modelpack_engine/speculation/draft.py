@@ -4,6 +4,9 @@ The draft model samples with the parameters and the random noise of the large mo
 depends only on the request's seed and the token's position. So both models choose the same token
 wherever their distributions are similar, at any temperature (a Gumbel coupling: arXiv:2408.07978).
 With independent noise, far fewer proposed tokens would be accepted.
+
+The keys and values of accepted guesses are used. A recurrent draft model goes back to its state
+before the guesses instead, and computes the accepted tokens again in the step for the newest one.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOut
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.model_runner import ModelRunner
+from modelpack_engine.runner.paged import PagedRunner
 from modelpack_engine.runner.step import count_equal, row_token_ids
 from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, SampleRow, gather_logprobs
 
@@ -48,7 +52,7 @@ class _Draft:
         return self.sequence.num_known_tokens - self.sequence.num_computed_tokens
 
     def settle(self) -> None:
-        """Count the accepted guesses as computed tokens."""
+        """Count the accepted guesses as computed tokens, which end before the newest token."""
         sequence = self.sequence
         start = sequence.num_computed_tokens
         known = sequence.token_ids(start, sequence.num_known_tokens)
@@ -82,6 +86,8 @@ class DraftProposer:
         self._vocab_size, self._draft_vocab_size = vocab_size, draft_vocab_size
         self._context_length, self._max_rows = context_length, max_rows
         self._least = math.log(min_probability) if min_probability > 0 else None
+        #: The rows of a recurrent draft model's states; None for other models.
+        self._states = runner.states if isinstance(runner, PagedRunner) else None
         self._drafts: dict[int, _Draft] = {}  # by the original's seq_id, in order of use
 
     def expects(self, sequences: Iterable[Sequence]) -> bool:
@@ -112,17 +118,20 @@ class DraftProposer:
             draft = self._drafts.pop(seq_id, None)
             if draft is not None:
                 self._blocks.free(draft.sequence)
+                self._runner.release([draft.sequence.seq_id])
 
     def _open(self, original: Sequence, length: int) -> _Draft | None:
         """Return a sequence's draft with blocks for `length` more tokens, or None."""
         if original.num_known_tokens + length > self._context_length:
             return None
         draft = self._drafts.pop(original.seq_id, None)
+        if draft is not None and not self._continues(draft):
+            self._drafts[original.seq_id] = draft
+            self.release([original.seq_id])
+            draft = None
         if draft is None:
             draft = _Draft(original, _shadow(original))
             self._blocks.share_prefix(draft.sequence)
-        else:
-            draft.settle()
         self._drafts[original.seq_id] = draft
         while not self._blocks.grow(draft.sequence, original.num_known_tokens + length):
             oldest = next(iter(self._drafts))
@@ -131,13 +140,28 @@ class DraftProposer:
                 return None
         return draft
 
+    def _continues(self, draft: _Draft) -> bool:
+        """Settle a draft's guesses; return whether the draft model can go on from its state."""
+        if self._states is None or not draft.guessed:
+            draft.settle()
+            return True
+        self._states.go_back(draft.sequence.seq_id)
+        draft.guessed = []
+        return draft.num_missing > 0  # the state is that after all tokens, whose logits are gone
+
     # Steps of the draft model
 
     def _write(
         self, drafts: list[_Draft], lengths: Mapping[Sequence, int]
     ) -> Mapping[Sequence, list[int]]:
         output = self._catching_up(drafts)
-        batch = build_batch(output, None, self._runner.buckets, self._blocks.block_size)
+        batch = build_batch(
+            output,
+            None,
+            self._runner.buckets,
+            self._blocks.block_size,
+            proposals_as_rows=self._states is not None,
+        )
         logits = self._forward(batch, None)
         by_sequence = {draft.sequence: draft for draft in drafts}
         going = [by_sequence[sequence] for sequence in output.sampled]
@@ -148,6 +172,9 @@ class DraftProposer:
         drawn = self._draw(logits[mx.array(_last_rows(output), mx.int32)], going, 0)
         steps = [(going, drawn)]
         self._computed(output)
+        if self._states is not None:
+            for sequence in output.sampled:
+                self._states.hold(sequence.seq_id)
         for sequence in output.sampled:
             sequence.num_inflight = 1
         try:
@@ -169,7 +196,8 @@ class DraftProposer:
         for draft in sorted(drafts, key=lambda draft: draft.num_missing):
             sequence, missing = draft.sequence, draft.num_missing
             start, stop = sequence.num_computed_tokens, sequence.num_known_tokens
-            if missing > _FEW_TOKENS:
+            has_no_state = self._states is not None and start == 0
+            if missing > _FEW_TOKENS or has_no_state:
                 if length := buckets.fit_chunk(missing, rows):
                     prefill.append(PrefillChunk(sequence, start, length, length == missing))
                     rows -= buckets.pad_chunk(length)
@@ -183,6 +211,8 @@ class DraftProposer:
 
     def _computed(self, output: SchedulerOutput) -> None:
         """Count the tokens of the catching-up step as computed."""
+        for proposal in output.proposals:  # its tokens are known
+            self._runner.verified(proposal.sequence.seq_id, 1 + len(proposal.token_ids))
         ends = [(sequence, sequence.num_known_tokens) for sequence in output.decoding]
         ends += [(chunk.sequence, chunk.start + chunk.length) for chunk in output.prefill]
         for sequence, end in ends:

@@ -243,6 +243,10 @@ class Draft:
         """The bytes of the draft model's weights."""
         return self.loaded.weight_bytes
 
+    def state_bytes(self, config: EngineConfig) -> int:
+        """Return the bytes of its recurrent states: before the guesses, and twice after them."""
+        return 3 * _max_batch(config) * self.layout.bytes_per_sequence
+
 
 #: Networks that draft from the model's hidden states.
 DraftingHead = EagleHead | MtpHead | AssistantHead
@@ -254,8 +258,7 @@ def check_draft(
     """Return the draft model or head for `config`; None if `config` does not use one.
 
     Raises `EngineError` if it is missing, if its vocabulary differs from `target`'s, or if it has
-    recurrent state, which cannot return to an earlier token. A head is checked once the model's
-    layers are known.
+    no attention layers. A head is checked once the model's layers are known.
     """
     if config.speculation == "mtp":
         if isinstance(draft, MtpHead):
@@ -283,11 +286,10 @@ def check_draft(
         )
     check_same_vocabulary(target.tokenizer, draft.tokenizer)
     layout = layout_of(draft.model)
-    if layout is None or layout.recurrent or not layout.bytes_per_token:
+    if layout is None or not layout.bytes_per_token:
         raise EngineError(
-            f"{draft.architecture} cannot be a draft model: its state cannot return to an earlier "
-            "token after a wrong proposal",
-            hint="choose a draft model that has only attention layers",
+            f"{draft.architecture} cannot be a draft model: it has no layers with attention",
+            hint="choose a draft model that has some",
         )
     return Draft(draft, layout)
 
@@ -305,8 +307,7 @@ def make_speculator(
         return None, ()
     if not runner.can_go_back:
         return None, ("no speculation: the model's state cannot return to an earlier token",)
-    max_batch = config.speculative_disable_by_batch_size
-    max_batch = min(MAX_BATCH if max_batch is None else max_batch, max_num_seqs(config))
+    max_batch = _max_batch(config)
     if draft is None:
         num_tokens = config.num_speculative_tokens or MOST_TOKENS
         lookup = _lookup(runner)
@@ -323,7 +324,7 @@ def make_speculator(
         buckets=sizes.buckets,
         self_test=config.self_test,
     )
-    if not small.can_go_back:
+    if not small.can_go_back or (draft.layout.recurrent and not isinstance(small, PagedRunner)):
         small.undo()
         return None, (f"no speculation: the draft model runs in the {small.tier} tier",)
     if config.warm_up and on_gpu():
@@ -335,7 +336,8 @@ def make_speculator(
             num_blocks,
             config.block_size,
             model_id="draft",
-            enable_prefix_caching=config.enable_prefix_caching,
+            # A recurrent model would need a snapshot where a prefix ends.
+            enable_prefix_caching=config.enable_prefix_caching and not draft.layout.recurrent,
         ),
         vocab_size=vocab_size,
         draft_vocab_size=draft.layout.vocab_size,
@@ -344,6 +346,12 @@ def make_speculator(
         min_probability=config.speculative_min_acceptance,
     )
     return Speculator(proposer, num_tokens=num_tokens, max_batch=max_batch), small.notes
+
+
+def _max_batch(config: EngineConfig) -> int:
+    """Return the most sequences that get proposals together."""
+    most = config.speculative_disable_by_batch_size
+    return min(MAX_BATCH if most is None else most, max_num_seqs(config))
 
 
 def _lookup(runner: ModelRunner) -> NgramProposer:

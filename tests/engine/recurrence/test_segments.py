@@ -135,9 +135,11 @@ def test_states_follow_their_sequences(seed: int) -> None:
     draw, steps = random.Random(seed), Steps()
     waiting, snapshots = list(range(40)), list[tuple[Snapshot | SlotSnapshot, int]]()
     computed: dict[int, int] = {}
+    held: dict[int, int] = {}
     while waiting or steps.wanted:
         for seq_id in [each for each in steps.wanted if draw.random() < 0.1]:
             steps.rows.release([seq_id])
+            held.pop(seq_id, None)
             del steps.wanted[seq_id]
         running = [each for each in steps.wanted if draw.random() < 0.8]
         draw.shuffle(running)
@@ -176,6 +178,13 @@ def test_states_follow_their_sequences(seed: int) -> None:
             steps.rows.verified(seq_id, accepted)
             steps.wanted[seq_id] = after(steps.wanted[seq_id], own[:accepted])
             computed[seq_id] += accepted
+        for seq_id in list(steps.wanted):
+            if seq_id in held and draw.random() < 0.3:
+                steps.rows.go_back(seq_id)
+                steps.wanted[seq_id] = held.pop(seq_id)
+            elif draw.random() < 0.2:
+                steps.rows.hold(seq_id)
+                held[seq_id] = steps.wanted[seq_id]
         steps.check()
         if steps.wanted and draw.random() < 0.5:
             seq_id = draw.choice(list(steps.wanted))

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import pytest
 
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
 from modelpack_engine.errors import EngineError
 from modelpack_engine.models import LoadedModel
@@ -19,7 +20,9 @@ from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.runner.adapted import _Pieces
 from modelpack_engine.runner.hidden_states import embeddings_of
 from modelpack_engine.runner.model_layout import find_layout
+from modelpack_engine.runner.recurrent import StateRows
 from modelpack_engine.speculation import acceptance
+from modelpack_engine.speculation.draft import DraftProposer
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.speculation.oracle import Oracle, speculate
 from tests.engine.speculation.test_same_output import Events, check_same, shapes, tokens
@@ -150,6 +153,91 @@ def test_outputs_are_the_same_with_a_draft_model(
         check_all(plain, ask(engine, 60, FEW))
     stats = engine.stats()
     assert 20 < stats.accepted_tokens < stats.proposed_tokens - 20
+
+
+#: Draft models with layers of attention, and those without.
+DRAFTS = [c for c in SOME if c.id != "mamba2"]
+
+
+@pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("configuration", DRAFTS, ids=lambda c: c.id)
+@pytest.mark.parametrize("of_target", [True, False], ids=["itself", "another model's"])
+def test_a_recurrent_draft_model(
+    configuration: Configuration, of_target: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes back to its state before the guesses. A model that drafts for itself is right."""
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
+    target = configuration if of_target else Configuration("llama", {"num_hidden_layers": 1})
+    model = target.build()
+    plain = ask(engine_of(model), 60, FEW)
+    draft = loaded_of(configuration.build())
+    engine = engine_of(
+        model, draft, speculative_method="draft", speculative_disable_by_batch_size=8
+    )
+    assert find_layout(draft.model).recurrent
+    assert not [note for note in engine.notes if "no speculation" in note]
+    for _ in range(2):
+        check_all(plain, ask(engine, 60, FEW))
+    stats = engine.stats()
+    if of_target:
+        assert stats.accepted_tokens == stats.proposed_tokens > 100
+    else:
+        assert 20 < stats.accepted_tokens < stats.proposed_tokens - 20
+    engine.step()
+    assert engine._speculator is not None
+    made = engine._speculator._proposer
+    assert isinstance(made, DraftProposer)
+    assert made._states is not None
+    assert made._states.rows == {}
+
+
+@pytest.mark.usefixtures("shapes")
+@pytest.mark.parametrize("configuration", DRAFTS, ids=lambda c: c.id)
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_a_draft_model_is_right_after_wrong_guesses(
+    configuration: Configuration, goes_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each second proposal has a wrong token; all others are accepted as the state goes back."""
+    monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
+    real, calls, right = DraftProposer.propose, 0, 0
+
+    def propose(
+        self: DraftProposer, lengths: Mapping[Sequence, int]
+    ) -> Mapping[Sequence, list[int]]:
+        nonlocal calls, right
+        found = real(self, lengths)
+        calls += 1
+        for tokens_ in found.values():
+            if calls % 2 and len(tokens_) > 1:
+                tokens_[1] = (tokens_[1] + 1) % 60
+                right += 1
+            else:
+                right += len(tokens_)
+        return found
+
+    monkeypatch.setattr(DraftProposer, "propose", propose)
+    if not goes_back:
+        monkeypatch.setattr(StateRows, "go_back", lambda self, seq_id: None)
+    model = configuration.build()
+    plain = ask(engine_of(model), 60)
+    engine = engine_of(
+        model,
+        loaded_of(configuration.build()),
+        speculative_method="draft",
+        speculative_disable_by_batch_size=8,
+    )
+    check_all(plain, ask(engine, 60))
+    stats = engine.stats()
+    assert stats.proposed_tokens > right > 50
+    assert (stats.accepted_tokens >= right - 8) == goes_back  # the last ones may be cut off
+
+
+def test_a_draft_model_without_attention() -> None:
+    [configuration] = [c for c in SOME if c.id == "mamba2"]
+    with pytest.raises(EngineError, match="cannot be a draft model: it has no layers with att"):
+        engine_of(
+            configuration.build(), loaded_of(configuration.build()), speculative_method="draft"
+        )
 
 
 def test_embeddings_of_another_name() -> None:
