@@ -427,10 +427,20 @@ def _plan(parameter: Parameter, module: Any, precision: Precision) -> TensorPlan
     if precision.dense or parameter.name != "weight" or not hasattr(module, "to_quantized"):
         return TensorPlan(parameter)
     if parameter.dtype in precision.blocks and type(module) in _KEPT_LAYERS:
-        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape)
+        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape, parameter.part)
         if blocks is not None:
             return TensorPlan(parameter, blocks=blocks)
-    return TensorPlan(parameter, packing_of(parameter.dtype, requantize=precision.requantize))
+    return TensorPlan(parameter, _packing(parameter, requantize=precision.requantize))
+
+
+def _packing(parameter: Parameter, *, requantize: bool) -> Packing | None:
+    """Return how a weight stays packed, or None if it is loaded dense.
+
+    Those whose columns move by less than a group are dense.
+    """
+    if parameter.part % GROUP_SIZE:
+        return None
+    return packing_of(parameter.dtype, requantize=requantize)
 
 
 #: How much more than its tensors in the file a model may take in memory.
@@ -469,7 +479,7 @@ def _within_the_file(
         if held <= _MOST_MORE * stored:
             break
         parameter = plans[at].parameter
-        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape)
+        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape, parameter.part)
         if blocks is not None:
             changed[at] = TensorPlan(parameter, blocks=blocks)
             held += changed[at].held_bytes(dtype) - plans[at].held_bytes(dtype)

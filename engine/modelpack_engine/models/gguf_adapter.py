@@ -9,7 +9,7 @@ src/llama-adapter.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from modelpack_engine.models import gguf_blocks
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS, Architecture
 from modelpack_engine.models.gguf_blocks import Floats
 from modelpack_engine.models.gguf_file import GGUFFile
-from modelpack_engine.models.gguf_tensors import halves, one_row
+from modelpack_engine.models.gguf_tensors import ColumnOrder, halves, one_row
 
 #: The heads of the tensors whose rows llama.cpp's converter permutes.
 _PERMUTED: Final = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
@@ -110,11 +110,15 @@ def _layers(
         if change.rows is not None:
             rows = _ordered(change.rows, text, rows, target, path)
         if change.columns is not None:
-            columns = _ordered(change.columns, text, columns, target, path)
+            columns = _ordered(_by_columns(change.columns), text, columns, target, path)
         if not target.embedding:
             columns = columns.swapaxes(-1, -2)
         layer = replace(target, module=module, outputs=rows.shape[-2])
         yield layer, np.ascontiguousarray(columns), np.ascontiguousarray(rows.swapaxes(-1, -2))
+
+
+def _by_columns(order: ColumnOrder) -> Callable[[Mapping[str, Any], Floats], Floats]:
+    return lambda config, values: gguf_blocks.reordered(values, len(values), order(config))
 
 
 def _ordered(

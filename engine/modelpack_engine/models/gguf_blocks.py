@@ -66,7 +66,33 @@ class AffineBlocks:
 
 
 def affine_blocks(tensor: GGUFTensor) -> AffineBlocks | None:
-    """Return the tensor as affine blocks, or None if its type is not affine."""
+    """Return the tensor as affine blocks, or None if its type is not affine.
+
+    None too if its columns are reordered by parts that are not whole groups.
+    """
+    found = _affine(tensor)
+    if found is None or tensor.columns is None:
+        return found
+    if tensor.shape[-1] // len(tensor.columns) % GROUP_SIZE:
+        return None
+    parts = (in_order(tensor, part) for part in (found.codes, found.scales, found.biases))
+    return AffineBlocks(found.bits, *parts)
+
+
+def in_order(tensor: GGUFTensor, stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return codes, scales or values of a tensor in the order of its columns, in their shape."""
+    if tensor.columns is None:
+        return stored
+    return reordered(stored, int(np.prod(tensor.shape[:-1], dtype=np.int64)), tensor.columns)
+
+
+def reordered(stored: npt.NDArray[Any], rows: int, columns: tuple[int, ...]) -> npt.NDArray[Any]:
+    """Reorder the equal parts of rows: part i becomes the stored part `columns[i]`."""
+    parts = stored.reshape(rows, len(columns), stored.size // (rows * len(columns)))
+    return parts[:, columns].reshape(stored.shape)
+
+
+def _affine(tensor: GGUFTensor) -> AffineBlocks | None:
     found = _AFFINE.get(tensor.dtype)
     if found is None:
         return None
@@ -87,12 +113,12 @@ def is_float(dtype: str) -> bool:
 
 def as_stored(tensor: GGUFTensor) -> npt.NDArray[Any]:
     """Return a tensor of plain floats in the type of the file; uint16 for BF16."""
-    return tensor.raw.view(_STORED[tensor.dtype]).reshape(tensor.shape)
+    return in_order(tensor, tensor.raw.view(_STORED[tensor.dtype]).reshape(tensor.shape))
 
 
 def dense(tensor: GGUFTensor) -> Floats:
     """Return the tensor as float32 in its shape; raise `ModelLoadError` for unsupported types."""
-    blocks = affine_blocks(tensor)
+    blocks = _affine(tensor)
     if blocks is not None:
         values = blocks.dense()
     elif tensor.dtype in _FLOATS:
@@ -104,14 +130,14 @@ def dense(tensor: GGUFTensor) -> Floats:
             f"the tensor {tensor.name!r} has the type {tensor.dtype}, which is not supported",
             hint="quantise the model again, to Q4_K_M or Q8_0 for example",
         )
-    return values.reshape(tensor.shape)
+    return in_order(tensor, values.reshape(tensor.shape))
 
 
 def mxfp4_blocks(tensor: GGUFTensor) -> tuple[Words, Bytes]:
     """Return an MXFP4 tensor in MLX's layout: words [blocks, 4], exponents [blocks]."""
     blocks = tensor.raw.reshape(-1, 17)
-    codes = _nibbles(blocks[:, 1:])
-    return _pairs(codes), np.ascontiguousarray(blocks[:, 0])
+    codes = in_order(tensor, _nibbles(blocks[:, 1:]))
+    return _pairs(codes), np.ascontiguousarray(in_order(tensor, blocks[:, 0]))
 
 
 def _by_gguf(tensor: GGUFTensor) -> Floats:

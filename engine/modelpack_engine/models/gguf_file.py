@@ -139,12 +139,17 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """One tensor; the fastest-varying dimension of `shape` is the last, as in numpy and MLX."""
+    """One tensor; the fastest-varying dimension of `shape` is the last, as in numpy and MLX.
+
+    With `columns`, a row is cut into so many equal parts, and part i of the decoded row is the
+    stored part `columns[i]`.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     raw: Bytes
+    columns: tuple[int, ...] | None = None
 
     @property
     def elements(self) -> int:

@@ -1,7 +1,8 @@
 """Tensors of GGUF's block types as the rows of words that `layers.blocks` describes.
 
 No code and no scale changes: codes move so that a GPU reads them in whole words, scales of 6 bits
-become bytes, and what is subtracted gets a sign.
+become bytes, and what is subtracted gets a sign. Where columns are reordered, the halves of a
+superblock have its factors each.
 
 Source: ggml/src/ggml-quants.c.
 """
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockType, Words
+from modelpack_engine.models.gguf_blocks import in_order
 from modelpack_engine.models.gguf_file import Bytes, GGUFTensor
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes, or for those
@@ -37,11 +39,16 @@ class _Blocks:
     scales: Bytes | None = None
 
 
-def block_type(dtype: str, shape: tuple[int, ...]) -> BlockType | None:
-    """Return how matrices of this type and shape stay as they are stored; None if they cannot."""
+def block_type(dtype: str, shape: tuple[int, ...], part: int | None = None) -> BlockType | None:
+    """Return how matrices of this type and shape stay as they are stored; None if they cannot.
+
+    `part` is the number of columns in a part, if parts of rows are reordered.
+    """
     kind = BLOCK_TYPES.get(dtype)
-    fits = kind is not None and len(shape) in (2, 3) and shape[-1] % kind.unit == 0
-    return kind if fits else None
+    if kind is None or len(shape) not in (2, 3) or shape[-1] % kind.unit:
+        return None
+    part = part or shape[-1]
+    return next((fits for fits in (kind, kind.halved) if part % fits.block == 0), None)
 
 
 def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
@@ -51,18 +58,21 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> Words:
     size, decode = _DECODERS[kind.name]
     blocks = decode(tensor.raw.reshape(-1, size))
     words = np.zeros((rows, kind.words(inputs)), np.uint32)
-    codes = _exchanged(blocks.codes.reshape(rows, -1, 4, 8)).reshape(rows, inputs)
+    codes = in_order(tensor, blocks.codes)
+    codes = _exchanged(codes.reshape(rows, -1, 4, 8)).reshape(rows, inputs)
     at = inputs // 32 * kind.low
     words[:, :at] = _plane(codes & np.uint8((1 << kind.low) - 1), kind.low)
     if kind.high:
         start, at = at, at + inputs // 32 * kind.high
         words[:, start:at] = _plane(codes >> np.uint8(kind.low), kind.high)
     rest = words.view(np.uint8)[:, at * 4 :]
-    factors = np.ascontiguousarray(blocks.factors).view(np.uint8).reshape(rows, -1)
+    each = blocks.codes.shape[1] // kind.block  # 2 if halves of superblocks have factors
+    factors = in_order(tensor, np.repeat(blocks.factors, each, axis=0))
+    factors = np.ascontiguousarray(factors).view(np.uint8).reshape(rows, -1)
     at = factors.shape[1]
     rest[:, :at] = factors
     if blocks.scales is not None:
-        scales = blocks.scales.reshape(rows, -1)
+        scales = in_order(tensor, blocks.scales).reshape(rows, -1)
         if kind.group == 16:  # the scales of halves of 32 weights move with them
             halves = scales.reshape(-1, 2, 4, 2)
             scales = np.stack([halves[:, 0], halves[:, 1, :, ::-1]], axis=1).reshape(rows, -1)

@@ -1,13 +1,13 @@
 """Parameters of a model made from the tensors of a GGUF file: renamed, cut, joined, reordered.
 
 `gguf_architectures` has a table of `Target` for each architecture. Rows are moved as they are
-stored, so quantised weights stay bit for bit what they are.
+stored, so quantised weights stay bit for bit what they are. Columns are moved by decoders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 #: Selects or reorders rows, given the model's config: [..., bytes of a row] to the same.
 RowOrder = Callable[[Config, Bytes], Bytes]
-#: Reorders the columns of decoded values, given the model's config.
-ColumnOrder = Callable[[Config, Floats], Floats]
+#: Returns the order of equal parts of rows, given the model's config (`GGUFTensor.columns`).
+ColumnOrder = Callable[[Config], tuple[int, ...]]
 #: Changes decoded values and their shape.
 Values = Callable[[Floats], Floats]
 #: Joins the rows of several tensors, given the model's config: [..., bytes of a row] to the same.
@@ -64,7 +64,13 @@ class Source:
     @property
     def dtype(self) -> str:
         """The type after `read`: values that are changed are float32."""
-        return "F32" if self.target.values or self.target.columns else self.tensor.dtype
+        return "F32" if self.target.values else self.tensor.dtype
+
+    @property
+    def columns(self) -> tuple[int, ...] | None:
+        """The order of parts of each row; None if they stay in their places."""
+        order = self.target.columns and self.target.columns(self.config)
+        return order if order != tuple(range(len(order or ()))) else None
 
     @property
     def shape(self) -> Shape:
@@ -81,10 +87,7 @@ class Source:
             stored = tensor.raw.reshape(*self._leading(), -1)
             raw = np.ascontiguousarray(self.target.rows(self.config, stored)).reshape(-1)
             tensor = GGUFTensor(tensor.name, tensor.dtype, self._shape_of_rows(), raw)
-        if self.target.columns is not None:  # a block has columns of several heads
-            ordered = self.target.columns(self.config, gguf_blocks.dense(tensor))
-            raw = np.ascontiguousarray(ordered, np.float32).reshape(-1).view(np.uint8)
-            tensor = GGUFTensor(tensor.name, "F32", ordered.shape, raw)
+        tensor = replace(tensor, columns=self.columns)
         if self.target.values is not None:
             changed = self.target.values(gguf_blocks.dense(tensor))
             raw = np.ascontiguousarray(changed, np.float32).reshape(-1).view(np.uint8)
@@ -126,6 +129,16 @@ class Parameter:
     def elements(self) -> int:
         """The number of weights."""
         return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def columns(self) -> tuple[int, ...] | None:
+        """The order of parts of each row. Tensors that are joined have none."""
+        return self.sources[0].columns
+
+    @property
+    def part(self) -> int:
+        """The columns that stay together: those of a row, or of a part if parts are reordered."""
+        return self.shape[-1] // len(self.columns or (0,))
 
     @property
     def dtype(self) -> str:
@@ -246,11 +259,10 @@ def values_by_key_head(config: Config, rows: Bytes) -> Bytes:
 # Orders of columns
 
 
-def columns_by_key_head(config: Config, matrix: Floats) -> Floats:
+def columns_by_key_head(config: Config) -> tuple[int, ...]:
     """Order the columns of a projection of heads of values, as `by_key_head` does."""
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
-    heads = matrix.reshape(len(matrix), values // keys, keys, -1)
-    return heads.swapaxes(1, 2).reshape(matrix.shape)
+    return tuple(at for key in range(keys) for at in range(key, values, keys))
 
 
 # Changes of values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import mlx.core as mx
 import numpy as np
@@ -45,6 +47,26 @@ def test_repacking_loses_nothing(dtype: str) -> None:
     assert np.array_equal(np.array(got), expected)
 
 
+@pytest.mark.parametrize("dtype", sorted(gguf_blocks.SUPPORTED_TYPES))
+@pytest.mark.parametrize("parts", [4, 16, 32])
+def test_columns_move_exactly(dtype: str, parts: int) -> None:
+    """By half a superblock, by a group, and by less than a group."""
+    columns = tuple(np.random.default_rng(1).permutation(parts).tolist())
+    stored, expected = tensor(dtype)
+    moved = replace(stored, columns=columns)
+    expected = expected.reshape(ROWS, parts, -1)[:, columns].reshape(ROWS, COLUMNS)
+    assert np.array_equal(gguf_blocks.dense(moved), expected)
+    blocks = gguf_blocks.affine_blocks(moved)
+    assert (blocks is not None) is (dtype in AFFINE and COLUMNS // parts >= 32)
+    if blocks is not None:
+        assert np.array_equal(blocks.dense().reshape(ROWS, COLUMNS), expected)
+    if gguf_blocks.is_float(dtype):
+        unmoved = gguf_blocks.as_stored(stored).reshape(ROWS, parts, -1)
+        assert np.array_equal(
+            gguf_blocks.as_stored(moved), unmoved[:, columns].reshape(ROWS, COLUMNS)
+        )
+
+
 def test_five_and_four_bits_stay_so() -> None:
     assert {name: gguf_blocks.affine_bits(name) for name in AFFINE} == {
         "Q4_0": 4,
@@ -69,6 +91,19 @@ def test_mxfp4_keeps_its_codes() -> None:
         dtype=mx.float32,
     )
     assert np.array_equal(np.array(got), expected)
+
+
+def test_groups_of_mxfp4_move() -> None:
+    packed, _ = tensor("MXFP4")
+    columns = tuple(range(COLUMNS // 32))[::-1]
+    parts = zip(
+        gguf_blocks.mxfp4_blocks(replace(packed, columns=columns)),
+        gguf_blocks.mxfp4_blocks(packed),
+        strict=True,
+    )
+    for moved, stored in parts:
+        rows = stored.reshape(ROWS, len(columns), -1)
+        assert np.array_equal(moved.reshape(rows.shape), rows[:, ::-1])
 
 
 def test_infinite_scales_make_no_warning() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,24 @@ def test_values_equal_those_of_the_gguf_package(
     assert kind.inputs(words.shape[1]) == inputs
     found = blocks.computed_values(mx.array(words), kind, mx.float32)
     assert np.array_equal(np.array(found), expected)
+
+
+@pytest.mark.parametrize("part", [32, 128, 256])
+@pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
+def test_reordered_columns_keep_their_values(name: str, part: int) -> None:
+    stored, expected = tensor(name, 3, 768)
+    columns = tuple(np.roll(np.arange(768 // part), 1).tolist())
+    kind = gguf_planes.block_type(name, stored.shape, part)
+    if BLOCK_TYPES[name].block > 128 and part < 128:
+        assert kind is None
+        return
+    assert kind is not None
+    assert kind.block == min(BLOCK_TYPES[name].block, part)
+    words = gguf_planes.planes(replace(stored, columns=columns), kind)
+    found = np.array(blocks.computed_values(mx.array(words), kind, mx.float32))
+    moved = expected.reshape(3, -1, part)[:, columns].reshape(3, 768)
+    assert np.array_equal(found, moved)
+    assert not np.array_equal(found, expected)
 
 
 def test_all_exponents_of_mxfp4() -> None:

@@ -9,13 +9,17 @@ from typing import Any
 
 import gguf
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.layers.blocks import BLOCK_TYPES
+from modelpack_engine.models import gguf_blocks, gguf_planes
 from modelpack_engine.models.precision import parameters_of
-from tests.engine.loaders.test_architectures import load_tiny
-from tests.engine.loaders.tiny_models import TINY_MODELS
+from tests.engine.loaders.blocks import random_blocks
+from tests.engine.loaders.test_architectures import distance, load_tiny
+from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
 
 Q = gguf.GGMLQuantizationType
 
@@ -104,6 +108,71 @@ def test_quantised_weights_are_reordered(name: str, tmp_path: Path) -> None:
     assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3
 
 
+#: The shapes of Qwen3.5-27B, and of Qwen3.5-35B-A3B with 8 experts. Widths are divided so that rows
+#: stay multiples of 256; heads are as wide as theirs.
+_WIDE = {
+    "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+    "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "full_attention_interval": 4,
+}  # fmt: skip
+_EXPERTS = {
+    "num_experts": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512
+}  # fmt: skip
+WIDTHS: dict[str, dict[str, int]] = {
+    "qwen35": {**_WIDE, "linear_num_value_heads": 6, "intermediate_size": 1792},
+    "qwen35moe": {**_WIDE, "linear_num_value_heads": 4, **_EXPERTS},
+}
+TYPES = sorted(gguf_blocks.SUPPORTED_TYPES - {"F32", "F16", "BF16"})
+
+
+def in_types(name: str, path: Path, kinds: Mapping[str, str], **widths: int) -> TinyModel:
+    """Write a model whose matrices are random blocks; `kinds` has types by the ends of names."""
+    tiny = TINY_MODELS[name]
+    tiny = replace(tiny, config={**tiny.config, **widths})
+
+    def quantize(tensor: str, values: np.ndarray) -> Any:
+        kind = next((kind for end, kind in kinds.items() if tensor.endswith(end)), None)
+        if kind is None or values.ndim < 2 or "conv" in tensor or "ffn_gate_inp" in tensor:
+            return None
+        *outer, columns = values.shape
+        quantised = gguf.GGMLQuantizationType[kind]
+        if columns % gguf.GGML_QUANT_SIZES[quantised][0]:
+            return None
+        raw = random_blocks(kind, int(np.prod(outer)), columns)
+        return raw.reshape(*outer, -1), quantised
+
+    tiny.write(path, quantize)
+    return tiny
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("head", [32, 128])
+def test_columns_of_all_types_are_reordered(head: int, kind: str, tmp_path: Path) -> None:
+    """The projection after linear attention stays quantised; exactly where its type is kept."""
+    widths = {"linear_num_value_heads": 768 // head, "linear_value_head_dim": head}
+    path = tmp_path / "m.gguf"
+    tiny = in_types("qwen35", path, {"ssm_out.weight": kind}, hidden_size=256, **widths)
+    expected = tiny.logits(load_tiny(path, dense=True).model)[-1]
+    for blocks in ((), gguf_planes.KEPT_ON_CUDA, tuple(BLOCK_TYPES)):
+        model: Any = load_tiny(path, dense=False, blocks=blocks, dtype=mx.float32).model
+        module = dict(model.named_modules())["language_model.model.layers.0.linear_attn.out_proj"]
+        is_kept = kind in blocks and (head == 128 or BLOCK_TYPES[kind].block == 32)
+        assert type(module).__name__ == ("BlockLinear" if is_kept else "QuantizedLinear")
+        exact = is_kept or kind == "MXFP4" or gguf_blocks.affine_bits(kind) is not None
+        assert distance(tiny.logits(model)[-1], expected) < (1e-9 if exact else 1e-3)
+
+
+def test_columns_less_than_a_group_wide(tmp_path: Path) -> None:
+    """Heads of 16 columns, which no published model has, are not packed."""
+    path = tmp_path / "m.gguf"
+    tiny = in_types("qwen35", path, {"ssm_out.weight": "Q4_0"})
+    expected = tiny.logits(load_tiny(path, dense=True).model)[-1]
+    model: Any = load_tiny(path, dense=False, dtype=mx.float32).model
+    assert type(model.language_model.model.layers[0].linear_attn.out_proj) is nn.Linear
+    assert distance(tiny.logits(model)[-1], expected) < 1e-9
+
+
 def test_joined_rows_of_two_types(tmp_path: Path) -> None:
     """Mixtures such as Q4_K_M give a layer's projections different types."""
     tiny = TINY_MODELS["qwen3next"]
@@ -115,6 +184,27 @@ def test_joined_rows_of_two_types(tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "m.gguf", quantize)
     dense, packed = load_tiny(path, dense=True), load_tiny(path, dense=False, dtype=mx.float32)
     assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        *({"weight": kind} for kind in sorted({*BLOCK_TYPES, "Q8_0"})),
+        {"output.weight": "Q6_K", "attn_qkv.weight": "Q5_K", "weight": "Q4_K"},  # Q4_K_M
+    ],
+    ids=lambda kinds: "-".join(kinds.values()),
+)
+def test_at_most_a_tenth_more_than_the_file(
+    name: str, kinds: dict[str, str], tmp_path: Path
+) -> None:
+    """All block types but those that are always held in 8 bits."""
+    path = tmp_path / "m.gguf"
+    in_types(name, path, kinds, **WIDTHS[name])
+    held = load_tiny(path, dense=False, blocks=gguf_planes.KEPT_ON_CUDA, dtype=mx.bfloat16)
+    stored = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
+    assert held.weight_bytes <= 1.1 * stored
 
 
 @pytest.mark.parametrize(

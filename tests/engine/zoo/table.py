@@ -104,8 +104,9 @@ BLOCKS = """
 ## Block types of GGUF
 
 How a tensor of each type is held, in bits per weight with the scales. Tensors that are transposed
-or whose columns are reordered are unpacked (a few of DeepSeek and of Qwen 3.5), and so are those
-that are joined with one of another type.
+are unpacked (a few of DeepSeek), and so are those that are joined with one of another type. Where
+columns are reordered (one tensor in layers of Qwen 3.5), codes and scales move; K-quants and IQ4_XS
+that are held as stored take up to 0.125 bits more there.
 
 - **GPU** is how Metal and CUDA hold it. "as stored" keeps all codes and scales of the file, in
   linear layers, experts and embeddings; the weights of latent attention, and of models that are
