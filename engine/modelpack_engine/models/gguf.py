@@ -39,7 +39,7 @@ from modelpack_engine.layers.blocks import (
 from modelpack_engine.models import gguf_blocks, gguf_planes, load_progress
 from modelpack_engine.models.adapter import merged_weight, read_layers
 from modelpack_engine.models.gguf_architectures import architecture_of
-from modelpack_engine.models.gguf_blocks import GROUP_SIZE
+from modelpack_engine.models.gguf_blocks import GROUP_SIZE, AffineBlocks
 from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
 from modelpack_engine.models.gguf_tensors import Parameter, Source
@@ -159,24 +159,26 @@ def packing_of(dtype: str, *, requantize: bool) -> Packing | None:
 
 def _decode(item: TensorPlan) -> Decoded:
     """Decode a tensor to numpy arrays in their final shapes: its packed parts, or its values."""
+    if item.packing and item.parameter.mixed_bits is not None:
+        return _packed(item.parameter.mixed_blocks(), item.parameter.shape)
     tensor = item.parameter.read()
     if item.blocks is not None:
         return {"weight": gguf_planes.planes(tensor, item.blocks)}
-    *rows, columns = tensor.shape or (1,)
-    groups = (*rows, columns // GROUP_SIZE)
     if item.packing and item.packing.mode == "mxfp4":
         words, exponents = gguf_blocks.mxfp4_blocks(tensor)
-        return {"weight": words.reshape(*rows, -1), "scales": exponents.reshape(groups)}
+        rows = tensor.shape[:-1]
+        return {"weight": words.reshape(*rows, -1), "scales": exponents.reshape(*rows, -1)}
     blocks = gguf_blocks.affine_blocks(tensor) if item.packing else None
     if blocks is not None:
-        return {
-            "weight": blocks.words().reshape(*rows, -1),
-            "scales": blocks.scales.reshape(groups),
-            "biases": blocks.biases.reshape(groups),
-        }
+        return _packed(blocks, tensor.shape)
     if not gguf_blocks.is_float(tensor.dtype):
         return {"values": gguf_blocks.dense(tensor)}
     return {"values": gguf_blocks.as_stored(tensor)}
+
+
+def _packed(blocks: AffineBlocks, shape: tuple[int, ...]) -> Decoded:
+    parts = {"weight": blocks.words(), "scales": blocks.scales, "biases": blocks.biases}
+    return {name: part.reshape(*shape[:-1], -1) for name, part in parts.items()}
 
 
 def _arrays(item: TensorPlan, decoded: Decoded) -> Iterator[tuple[str, mx.array]]:
@@ -436,10 +438,15 @@ def _plan(parameter: Parameter, module: Any, precision: Precision) -> TensorPlan
 def _packing(parameter: Parameter, *, requantize: bool) -> Packing | None:
     """Return how a weight stays packed, or None if it is loaded dense.
 
-    Those whose columns move by less than a group are dense.
+    Those whose columns move by less than a group are dense. Tensors of several types that are not
+    all affine are rounded to 8 bits.
     """
     if parameter.part % GROUP_SIZE:
         return None
+    if (bits := parameter.mixed_bits) is not None:
+        return Packing(bits)
+    if parameter.is_quantised and gguf_blocks.is_float(parameter.dtype):
+        return Packing(8) if requantize else None
     return packing_of(parameter.dtype, requantize=requantize)
 
 

@@ -14,7 +14,7 @@ Source: ggml/src/ggml-quants.c; the layout of MLX: mlx/backend/cpu/quantized.cpp
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,14 @@ def _affine(tensor: GGUFTensor) -> AffineBlocks | None:
     size, _, decode = found
     with np.errstate(invalid="ignore"):  # a damaged file may hold infinite scales
         return decode(tensor.raw.reshape(-1, size))
+
+
+def widened(tensor: GGUFTensor) -> GGUFTensor:
+    """Return a tensor of Q4_K as Q5_K: the same codes and scales, and fifth bits that are 0."""
+    blocks = tensor.raw.reshape(-1, _AFFINE["Q4_K"][0])
+    fifth = np.zeros((len(blocks), 32), np.uint8)
+    raw = np.concatenate([blocks[:, :16], fifth, blocks[:, 16:]], axis=1)
+    return replace(tensor, dtype="Q5_K", raw=raw.reshape(-1))
 
 
 def affine_bits(dtype: str) -> int | None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from modelpack_engine.models import gguf_blocks
-from modelpack_engine.models.gguf_blocks import Floats
+from modelpack_engine.models.gguf_blocks import GROUP_SIZE, AffineBlocks, Floats
 from modelpack_engine.models.gguf_file import Bytes, GGUFTensor
 
 Config = Mapping[str, Any]
@@ -24,8 +25,10 @@ RowOrder = Callable[[Config, Bytes], Bytes]
 ColumnOrder = Callable[[Config], tuple[int, ...]]
 #: Changes decoded values and their shape.
 Values = Callable[[Floats], Floats]
-#: Joins the rows of several tensors, given the model's config: [..., bytes of a row] to the same.
-Join = Callable[[Config, Sequence[Bytes]], Bytes]
+#: What tensors have for their rows: bytes, codes or scales.
+Rows = npt.NDArray[Any]
+#: Joins the rows of several tensors, given the model's config: [..., columns] to the same.
+Join = Callable[[Config, Sequence[Rows]], Rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class Target:
 
     `path` is the path of a module, or of a parameter if `is_parameter`. Tensors with the same path
     are joined along the first dimension, or by `join`, ordered by `place`: as they are stored if
-    all have one type, else as float32.
+    all have one type or one that holds all, else as float32.
     """
 
     path: str
@@ -142,9 +145,26 @@ class Parameter:
 
     @property
     def dtype(self) -> str:
-        """The type of the joined tensors; float32 if they differ."""
+        """The type of the joined tensors; if they differ, one that holds all, or float32."""
         types = {source.dtype for source in self.sources}
+        if types == {"Q4_K", "Q5_K"}:  # llama.cpp's Q4_K_M
+            return "Q5_K"
         return types.pop() if len(types) == 1 else "F32"
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether all tensors are quantised and keep their values."""
+        return not any(gguf_blocks.is_float(source.dtype) for source in self.sources)
+
+    @property
+    def mixed_bits(self) -> int | None:
+        """The bits of codes for tensors of several affine types; None for others."""
+        if self.dtype != "F32":
+            return None
+        bits = {gguf_blocks.affine_bits(source.dtype) for source in self.sources}
+        if None in bits:
+            return None
+        return 4 if bits == {4} else 8  # there are no kernels of ours for 5
 
     @property
     def shape(self) -> Shape:
@@ -160,17 +180,33 @@ class Parameter:
     def read(self) -> GGUFTensor:
         """Return the joined tensors."""
         parts = [source.read() for source in self.sources]
-        name, dtype, join = parts[0].name, self.dtype, self._join
-        if len(parts) == 1 and join is None:
+        name, dtype = parts[0].name, self.dtype
+        if len(parts) == 1 and self._join is None:
             return parts[0]
+        if dtype == "Q5_K":
+            parts = [gguf_blocks.widened(p) if p.dtype == "Q4_K" else p for p in parts]
         raws = [part.raw for part in parts]
         if any(part.dtype != dtype for part in parts):
             raws = [gguf_blocks.dense(part).reshape(-1).view(np.uint8) for part in parts]
+        return GGUFTensor(name, dtype, self.shape, self._joined(raws))
+
+    def mixed_blocks(self) -> AffineBlocks:
+        """Return tensors of several affine types as blocks of `mixed_bits`, with their scales."""
+        found = (gguf_blocks.affine_blocks(source.read()) for source in self.sources)
+        parts, bits = [part for part in found if part is not None], self.mixed_bits
+        assert bits is not None, "not all types are affine"
+        codes = self._joined([part.codes for part in parts]).reshape(-1, GROUP_SIZE)
+        scales = self._joined([part.scales for part in parts])
+        return AffineBlocks(bits, codes, scales, self._joined([part.biases for part in parts]))
+
+    def _joined(self, parts: Sequence[Rows]) -> Rows:
+        """Return what each source has for its rows as that of the joined rows, as a vector."""
+        sources, join = self.sources, self._join
         if join is None:
-            return GGUFTensor(name, dtype, self.shape, np.concatenate(raws))
-        rows = [raw.reshape(*part.shape[:-1], -1) for raw, part in zip(raws, parts, strict=True)]
-        joined = join(self.sources[0].config, rows)
-        return GGUFTensor(name, dtype, self.shape, joined.reshape(-1))
+            return np.concatenate([part.reshape(-1) for part in parts])
+        shapes = [(*source.shape[:-1], -1) for source in sources]
+        rows = [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return join(sources[0].config, rows).reshape(-1)
 
     @property
     def _join(self) -> Join | None:
@@ -313,12 +349,12 @@ def log_of_decay(values: Floats) -> Floats:
 # Ways to join
 
 
-def heads_joined(config: Config, parts: Sequence[Bytes]) -> Bytes:
+def heads_joined(config: Config, parts: Sequence[Rows]) -> Rows:
     """Return the rows of all parts, [heads, rows, columns], head by head, as one matrix."""
     return np.concatenate(parts, axis=1).reshape(-1, parts[0].shape[-1])
 
 
-def key_heads_joined(config: Config, parts: Sequence[Bytes]) -> Bytes:
+def key_heads_joined(config: Config, parts: Sequence[Rows]) -> Rows:
     """Return queries, keys and values, and gates, of each head of keys after each other.
 
     The parts are a projection of queries, keys and values, each for all heads, and one of gates.

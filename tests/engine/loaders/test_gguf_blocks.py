@@ -106,6 +106,14 @@ def test_groups_of_mxfp4_move() -> None:
         assert np.array_equal(moved.reshape(rows.shape), rows[:, ::-1])
 
 
+def test_four_bits_are_widened_without_loss() -> None:
+    packed, expected = tensor("Q4_K")
+    wide = gguf_blocks.widened(packed)
+    assert (wide.dtype, wide.raw.size) == ("Q5_K", packed.raw.size // 144 * 176)
+    by_gguf = gguf.quants.dequantize(wide.raw.reshape(ROWS, -1), gguf.GGMLQuantizationType.Q5_K)
+    assert np.array_equal(by_gguf, expected)
+
+
 def test_infinite_scales_make_no_warning() -> None:
     raw = np.full((2, 34), 0x7C, np.uint8)  # float16 0x7C7C is NaN
     assert not np.isfinite(gguf_blocks.dense(GGUFTensor("w", "Q8_0", (2, 32), raw.ravel()))).any()

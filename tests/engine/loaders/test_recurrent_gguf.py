@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from modelpack_engine.errors import ModelLoadError
-from modelpack_engine.layers.blocks import BLOCK_TYPES
+from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockLinear
 from modelpack_engine.models import gguf_blocks, gguf_planes
 from modelpack_engine.models.precision import parameters_of
 from tests.engine.loaders.blocks import random_blocks
@@ -108,8 +108,8 @@ def test_quantised_weights_are_reordered(name: str, tmp_path: Path) -> None:
     assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3
 
 
-#: The shapes of Qwen3.5-27B, and of Qwen3.5-35B-A3B with 8 experts. Widths are divided so that rows
-#: stay multiples of 256; heads are as wide as theirs.
+#: The shapes of Qwen3.5-27B, and of Qwen3.5-35B-A3B and Qwen3-Next-80B-A3B with 8 experts. Widths
+#: are divided so that rows stay multiples of 256; heads are as wide as theirs.
 _WIDE = {
     "hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
     "linear_num_key_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
@@ -121,6 +121,7 @@ _EXPERTS = {
 WIDTHS: dict[str, dict[str, int]] = {
     "qwen35": {**_WIDE, "linear_num_value_heads": 6, "intermediate_size": 1792},
     "qwen35moe": {**_WIDE, "linear_num_value_heads": 4, **_EXPERTS},
+    "qwen3next": {**_WIDE, "linear_num_value_heads": 4, **_EXPERTS},
 }
 TYPES = sorted(gguf_blocks.SUPPORTED_TYPES - {"F32", "F16", "BF16"})
 
@@ -173,17 +174,34 @@ def test_columns_less_than_a_group_wide(tmp_path: Path) -> None:
     assert distance(tiny.logits(model)[-1], expected) < 1e-9
 
 
-def test_joined_rows_of_two_types(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("qkv", "gate", "held", "exact"),
+    [
+        ("Q5_K", "Q4_K", "Q5_K", True),  # Q4_K_M
+        ("Q4_K", "Q5_K", "Q5_K", True),
+        ("Q8_0", "Q5_1", 8, True),
+        ("Q5_0", "Q5_1", 8, True),
+        ("Q8_0", "Q4_K", 8, True),
+        ("Q4_0", "Q4_1", 4, True),
+        ("Q4_K", "Q3_K", 8, False),  # Q3_K_M
+        ("Q6_K", "Q5_K", 8, False),  # Q5_K_M
+        ("F16", "Q4_K", None, True),
+    ],
+)
+def test_joined_rows_of_two_types(
+    qkv: str, gate: str, held: str | int | None, exact: bool, tmp_path: Path
+) -> None:
     """Mixtures such as Q4_K_M give a layer's projections different types."""
-    tiny = TINY_MODELS["qwen3next"]
-
-    def quantize(tensor: str, values: np.ndarray) -> Any:
-        kind = {"attn_qkv.weight": Q.Q8_0, "attn_gate.weight": Q.Q5_1}.get(tensor[6:])
-        return kind and (gguf.quants.quantize(values, kind), kind)
-
-    path = tiny.write(tmp_path / "m.gguf", quantize)
-    dense, packed = load_tiny(path, dense=True), load_tiny(path, dense=False, dtype=mx.float32)
-    assert np.abs(tiny.logits(packed.model) - tiny.logits(dense.model)).max() < 1e-3
+    path, kinds = tmp_path / "m.gguf", {"attn_qkv.weight": qkv, "attn_gate.weight": gate}
+    tiny = in_types("qwen3next", path, kinds, hidden_size=256)
+    expected = tiny.logits(load_tiny(path, dense=True).model)[-1]
+    model: Any = load_tiny(path, dense=False, blocks=gguf_planes.KEPT, dtype=mx.float32).model
+    joined = model.model.layers[0].linear_attn.in_proj_qkvz
+    kind = joined.kind.name if isinstance(joined, BlockLinear) else None
+    assert (kind or getattr(joined, "bits", None)) == held
+    assert distance(tiny.logits(model)[-1], expected) < (1e-9 if exact else 1e-3)
+    unrounded: Any = load_tiny(path, dense=False, requantize=False, dtype=mx.float32).model
+    assert distance(tiny.logits(unrounded)[-1], expected) < 1e-9
 
 
 @pytest.mark.long

@@ -104,9 +104,11 @@ BLOCKS = """
 ## Block types of GGUF
 
 How a tensor of each type is held, in bits per weight with the scales. Tensors that are transposed
-are unpacked (a few of DeepSeek), and so are those that are joined with one of another type. Where
-columns are reordered (one tensor in layers of Qwen 3.5), codes and scales move; K-quants and IQ4_XS
-that are held as stored take up to 0.125 bits more there.
+are unpacked (a few of DeepSeek). Where columns are reordered (one tensor in layers of Qwen 3.5),
+codes and scales move; K-quants and IQ4_XS that are held as stored take up to 0.125 bits more there.
+Tensors of two types that are joined (in layers of Qwen3-Next) become Q5_K if they are Q4_K and
+Q5_K, as in Q4_K_M. Other mixtures of Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K and Q8_0 keep their codes
+and scales, in 8 bits if not all have 4. Further quantised types are rounded to 8 bits there.
 
 - **GPU** is how Metal and CUDA hold it. "as stored" keeps all codes and scales of the file, in
   linear layers, experts and embeddings; the weights of latent attention, and of models that are
