@@ -113,8 +113,8 @@ and scales, in 8 bits if not all have 4. Further quantised types are rounded to 
 - **GPU** is how Metal and CUDA hold it. "as stored" keeps all codes and scales of the file, in
   linear layers, experts and embeddings; the weights of latent attention, and of models that are
   divided between devices, are in 8 bits. "own codes" are those of the file, with scales in the
-  model's type (bfloat16); "8 bits" are codes made at load, which round the values of the file. MLX on a CPU has no "as stored", but 8 bits, and unpacks weights to
-  float32 if they fit into memory.
+  model's type (bfloat16); "8 bits" are codes made at load, which round the values of the file. MLX
+  on a CPU has no "as stored", but 8 bits, and unpacks weights to float32 if they fit into memory.
 - Weights of 4 bits have faster kernels in MLX's layout. As many as needed are held as stored where
   a model would take over 10 % more memory than its tensors in the file, embeddings first.
 - **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
