@@ -193,17 +193,19 @@ def open_model(
     name: str,
     *,
     pull: bool = True,
+    drafter: bool = False,
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
 ) -> Opened:
     """Find the model `name` in the store; with `pull`, one that is not there is pulled first.
 
-    Raises `NotFoundError`, `ModelLoadError` for files that cannot be loaded, and what
-    `modelpack.pull` raises.
+    With `drafter`, its drafter is pulled with it. Raises `NotFoundError`, `ModelLoadError` for
+    files that cannot be loaded, and what `modelpack.pull` raises.
     """
     store = store or LayoutStore()
-    model = find_model(name, store, pull=pull, remote=remote, watch=watching(progress))
+    watch = watching(progress)
+    model = find_model(name, store, pull=pull, remote=remote, watch=watch, drafter=drafter)
     return Opened(model, stored_files(model, store), store, remote)
 
 
@@ -235,15 +237,21 @@ def is_quantised(files: ModelFiles) -> bool:
     return bool(config.get("quantization") or config.get("quantization_config"))
 
 
-def with_drafter(config: EngineConfig, model: Model, store: LayoutStore | None) -> EngineConfig:
-    """Return `config` with the stored drafter of `model`, unless it names a method or a draft.
+def looks_for_drafter(config: EngineConfig) -> bool:
+    """Return whether an engine with `config` uses the stored drafter of its model, if there is one.
 
-    Only MLX runs drafters, which is not the default on a CPU.
+    It does not if `config` names a draft model or another method than EAGLE-3. Only MLX runs
+    drafters, which is not the default on a CPU.
     """
     method = config.speculative_method
-    if store is None or config.draft_model is not None or method not in (None, "eagle3"):
-        return config
-    if method is None and config.backend != "mlx" and choose_device(config) == "cpu":
+    if config.draft_model is not None or method not in (None, "eagle3"):
+        return False
+    return method is not None or config.backend == "mlx" or choose_device(config) != "cpu"
+
+
+def with_drafter(config: EngineConfig, model: Model, store: LayoutStore | None) -> EngineConfig:
+    """Return `config` with the stored drafter of `model`, if `looks_for_drafter`."""
+    if store is None or not looks_for_drafter(config):
         return config
     digest = stored_drafter(model.digest, store)
     if digest is None:

@@ -228,12 +228,18 @@ def base_name(model: Model) -> str:
 
 
 def find_base(
-    model: Model, store: LayoutStore, *, pull: bool, remote: RemoteOptions | None, watch: Watch
+    model: Model,
+    store: LayoutStore,
+    *,
+    pull: bool,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    drafter: bool = False,
 ) -> Model:
     """Return the stored base of an adapter; with `pull`, a missing base is pulled first.
 
-    The policy `remote.trust` applies to the base as to any model. Raises `NotFoundError` if the
-    store lacks it and it cannot be pulled.
+    `drafter` is as in `modelpack.pull`. The policy `remote.trust` applies to the base as to any
+    model. Raises `NotFoundError` if the store lacks it and it cannot be pulled.
     """
     name = base_name(model)
     digest = model.manifest.annotations[media_types.BASE_DIGEST]
@@ -245,8 +251,10 @@ def find_base(
                 f"the base of {model.reference or model.digest} is not stored: {name}",
                 hint=f"run modelpack pull {name}" if name != digest else None,
             ) from None
-        return find_model(name, store, pull=True, remote=remote, watch=watch)
-    return find_model(digest, store, pull=pull, remote=remote, watch=watch)
+        wanted = name
+    else:
+        wanted = digest
+    return find_model(wanted, store, pull=pull, remote=remote, watch=watch, drafter=drafter)
 
 
 def stored_adapter(model: Model, store: LayoutStore) -> Adapter:

@@ -47,7 +47,7 @@ def package_drafter(
     """Package the drafter in `directory` as `reference`, for the model `base`.
 
     `base` is stored or in a registry. The manifest has the base as its subject (spec/manifest.md),
-    so that `modelpack serve` finds the drafter in the store, and `pull --with-referrers` in the
+    so that `modelpack serve` finds the drafter in the store, and, when it pulls the base, in the
     repository of the base. `request` has licences, annotations and the time of creation.
 
     Raises `PackagingError` for a directory without a drafter or with one for another base, and

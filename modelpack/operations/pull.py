@@ -6,18 +6,27 @@ pulls the model, or what it lacks, on request. A `Selection` limits a pull to so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from modelpack.artifacts import media_types
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Manifest, parse_manifest_or_index
 from modelpack.artifacts.model import Model, ModelFile, Role
 from modelpack.artifacts.reference import Reference, is_model_id
-from modelpack.errors import NotFoundError, RemoteUnavailableError, UnsupportedError
+from modelpack.errors import (
+    InterruptedTransferError,
+    ManifestError,
+    ModelpackError,
+    NotFoundError,
+    RemoteUnavailableError,
+    UnsupportedError,
+)
 from modelpack.hub.reference import HubReference, hub_origin
 from modelpack.operations.lookup import (
     check_whole,
@@ -35,12 +44,15 @@ from modelpack.operations.remote import (
 )
 from modelpack.operations.transfer import Transfer, TransferOptions, transfer_model
 from modelpack.operations.variants import opened_variant
-from modelpack.progress import ProgressCallback, Stop
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack.storage import ReferrerSource, Source, Watch, watching
 from modelpack.store.layout import LayoutStore
 
 if TYPE_CHECKING:
     from modelpack.trust.signatures import Signature
+
+# Anyone with write access to a repository may attach drafters, so the tries must be limited.
+_MAX_DRAFTERS: Final = 8
 
 
 class Part(StrEnum):
@@ -120,6 +132,7 @@ def pull(
     to: str | Reference | None = None,
     selection: Selection | None = None,
     with_referrers: bool = False,
+    drafter: bool = False,
     store: LayoutStore | None = None,
     remote: RemoteOptions | None = None,
     progress: ProgressCallback | None = None,
@@ -134,6 +147,10 @@ def pull(
     the model is marked partial until another pull completes it. With `with_referrers`, referrers
     are fetched too. If `remote.trust` is set, signatures are verified before any file is fetched,
     and stored with the model.
+
+    With `drafter`, the drafter that is packaged beside the model is fetched too, unless the store
+    has one. The policy applies to it as to the model. A drafter that is not trusted or cannot be
+    fetched is reported as a note: the model runs without it.
 
     Raises `UntrustedError`, `NotFoundError`, `AuthError`, `IntegrityError`,
     `RemoteUnavailableError`, `StorageFullError` and `UnsupportedError`.
@@ -164,7 +181,54 @@ def pull(
             if with_referrers:
                 store.note_origin([one.descriptor.digest for one in done.referrers], origin.name)
             missing = store.missing(descriptor)
+        if drafter:
+            _pull_drafter(source, origin.name, descriptor.digest, store, options, watch)
     return Pulled(where, descriptor.digest, done.model, missing, done.referrers)
+
+
+def _pull_drafter(
+    source: ReferrerSource,
+    origin: str,
+    model: Digest,
+    store: LayoutStore,
+    options: RemoteOptions,
+    watch: Watch,
+) -> None:
+    """Fetch the first drafter of the model that is trusted and arrives whole; note the others."""
+    if store.referrers(model, media_types.DRAFTER):
+        return
+    listed: Sequence[Descriptor] = ()
+    with _optional(f"{origin}@{model}: its drafters cannot be listed", watch):
+        listed = source.referrers(model, media_types.DRAFTER)[:_MAX_DRAFTERS]
+    for found in listed:
+        what = f"{origin}@{found.digest}"
+        with _optional(f"the drafter {what} is not used", watch):
+            raw = source.fetch_manifest(found)
+            manifest = Manifest.parse(raw, what)
+            subject = manifest.subject
+            # Clients write the list of a registry without the API, so it may name anything.
+            if manifest.artifact_type != media_types.DRAFTER or subject is None:
+                raise ManifestError("its manifest is not that of a drafter")
+            if subject.digest != model:
+                raise ManifestError(f"it drafts for {subject.digest}")
+            signatures = _trusted_signatures(options, source, (origin,), manifest)
+            with store.lease(blob.digest for blob in (*manifest.blobs, found)):
+                # One blob at a time: parallel transfers stop the whole pull when one fails.
+                transfer_model(source, store, found, raw, None, TransferOptions(watch))
+                _store_signatures(signatures, source, store, watch)
+                store.note_origin([found.digest], origin)
+            return
+
+
+@contextmanager
+def _optional(what: str, watch: Watch) -> Iterator[None]:
+    """Report an error of the context as a note; a stop is raised."""
+    try:
+        yield
+    except InterruptedTransferError:
+        raise
+    except ModelpackError as error:
+        watch.report(Progress(Action.NOTE, message=f"{what}: {error}"))
 
 
 def _trusted_signatures(
@@ -202,16 +266,23 @@ def _selected(
 
 
 def find_model(
-    name: str, store: LayoutStore, *, pull: bool, remote: RemoteOptions | None, watch: Watch
+    name: str,
+    store: LayoutStore,
+    *,
+    pull: bool,
+    remote: RemoteOptions | None,
+    watch: Watch,
+    drafter: bool = False,
 ) -> Model:
     """Return the stored model `name` with all its layers.
 
-    With `pull`, a missing model or its missing layers are pulled first. Without `pull`, raises
-    `NotFoundError` for a missing model and `PartialModelError` for a partial one.
+    With `pull`, a missing model or its missing layers are pulled first, with `drafter` as in
+    `modelpack.pull`. Without `pull`, raises `NotFoundError` for a missing model and
+    `PartialModelError` for a partial one.
     """
-    model = find_any_part(name, store, pull=pull, remote=remote, watch=watch)
+    model = find_any_part(name, store, pull=pull, remote=remote, watch=watch, drafter=drafter)
     if pull and store.missing(model.descriptor):
-        complete(store, model, remote=remote, watch=watch)
+        complete(store, model, remote=remote, watch=watch, drafter=drafter)
     check_whole(store, model)
     return model
 
@@ -224,11 +295,13 @@ def find_any_part(
     remote: RemoteOptions | None,
     watch: Watch,
     selection: Selection | None = None,
+    drafter: bool = False,
 ) -> Model:
     """Return the stored model `name`, even if some of its layers are missing.
 
-    With `pull`, a model that is not stored is pulled first, limited to `selection`. Raises
-    `UntrustedError` if the model does not satisfy the policy `remote.trust`.
+    With `pull`, a model that is not stored is pulled first, limited to `selection`, with `drafter`
+    as in `modelpack.pull`. Raises `UntrustedError` if the model does not satisfy the policy
+    `remote.trust`.
     """
     try:
         model = stored_model(store, name, remote)
@@ -246,7 +319,7 @@ def find_any_part(
             check_stored(remote.trust, store, model, remote, watch)
         return model
     try:
-        _pull(named(name), store, remote, watch, selection)
+        _pull(named(name), store, remote, watch, selection, drafter)
     except RemoteUnavailableError as error:
         raise type(error)(
             f"{name} is not in the store and cannot be pulled: {error.message}",
@@ -262,6 +335,7 @@ def complete(
     remote: RemoteOptions | None,
     watch: Watch,
     selection: Selection | None = None,
+    drafter: bool = False,
 ) -> None:
     """Fetch the missing blobs of a partial model, limited to `selection`.
 
@@ -275,7 +349,7 @@ def complete(
     elif where is None:
         check_whole(store, model)
     else:
-        _pull(where, store, remote, watch, selection)
+        _pull(where, store, remote, watch, selection, drafter)
 
 
 def _complete_from_hub(
@@ -304,6 +378,9 @@ def _pull(
     remote: RemoteOptions | None,
     watch: Watch,
     selection: Selection | None,
+    drafter: bool,
 ) -> None:
-    report, stop = watch.report, watch.stop
-    pull(where, selection=selection, store=store, remote=remote, progress=report, stop=stop)
+    pull(
+        where, selection=selection, drafter=drafter, store=store, remote=remote,
+        progress=watch.report, stop=watch.stop,
+    )  # fmt: skip

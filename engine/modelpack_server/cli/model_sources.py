@@ -67,7 +67,10 @@ class Found:
 
 
 class ModelSources:
-    """Finds the models that a user names; as a context manager, it forgets the files at the end."""
+    """Finds the models that a user names; as a context manager, it forgets the files at the end.
+
+    With `drafter`, models are pulled with their drafters.
+    """
 
     def __init__(
         self,
@@ -77,10 +80,12 @@ class ModelSources:
         *,
         loads_adapters: bool = False,
         merges_adapters: bool = False,
+        drafter: bool = False,
     ) -> None:
         self.adapters = Adapters(max_adapters, grows=loads_adapters, merges=merges_adapters)
         self._settings = settings
         self._remote = remote
+        self._drafter = drafter
         self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._files: list[FileStore] = []  # at most one, made for the first path
 
@@ -122,13 +127,17 @@ class ModelSources:
         with shown_progress(self._settings) as progress:
             watch = watching(progress)
             try:
-                model = find_model(name, store, pull=True, remote=self._remote, watch=watch)
+                model = find_model(
+                    name, store, pull=True, remote=self._remote, watch=watch, drafter=self._drafter
+                )
             except (NotFoundError, RemoteUnavailableError) as error:
                 if os.path.exists(typed):
                     error.hint = f"if you mean the files, write ./{typed}"
                 raise
             if model.is_adapter:
-                base = find_base(model, store, pull=True, remote=self._remote, watch=watch)
+                base = find_base(
+                    model, store, pull=True, remote=self._remote, watch=watch, drafter=self._drafter
+                )
                 stored_files(base, store)
                 served = ServedAdapter(local_name(name), model, store, str(base.digest))
                 self._check_fits(served, typed, base)

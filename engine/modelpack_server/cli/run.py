@@ -153,9 +153,11 @@ def run(
     from modelpack_engine.worker.workers import shared_workers
     from modelpack_server.pool.settings import ModelSettings
     from modelpack_server.repl.chat import Chat, LocalModels, require_chat
+    from modelpack_server.stored_models import looks_for_drafter
 
     engine = config()
     pull_draft(engine, settings.store(), settings, remote)
+    drafter = looks_for_drafter(engine)
 
     def load(name: str) -> ServedModel:
         loaded = models.load(name, ModelSettings(preset=preset))
@@ -166,7 +168,7 @@ def run(
         return load(sources.open(name).name)
 
     with (
-        ModelSources(settings, remote, merges_adapters=merge) as sources,
+        ModelSources(settings, remote, merges_adapters=merge, drafter=drafter) as sources,
         LocalModels(sources.catalogue(engine), engine, LoadDisplay(settings).report) as models,
     ):
         found = sources.open(model)

@@ -343,6 +343,7 @@ def serve(
     from modelpack_server.gateway.protection import protect
     from modelpack_server.pool.memory import device_memory
     from modelpack_server.pool.pool import ModelPool
+    from modelpack_server.stored_models import looks_for_drafter
 
     # Check the options before the pull.
     protected_by = protection(host)
@@ -353,8 +354,10 @@ def serve(
     if engine.backend != "auto":
         remote = replace(remote, backend=engine.backend)
     made_sources = ModelSources(
-        settings, remote, max_adapters, loads_adapters=allow_adapter_loading, merges_adapters=merge
-    )
+        settings, remote, max_adapters, loads_adapters=allow_adapter_loading, merges_adapters=merge,
+        drafter=looks_for_drafter(chosen.engine_config(engine))
+        and not is_parallel(tensor_parallel_size),
+    )  # fmt: skip
     sources = click.get_current_context().with_resource(made_sources)
     opened = [sources.open(model) for model in models]
     for name, typed in adapters:

@@ -154,6 +154,7 @@ def smoke(
     """Load MODEL, run a prompt and check the response; print a JSON report. Exit code 1: failed."""
     from modelpack_server import open_model
     from modelpack_server.smoke_test import smoke_test
+    from modelpack_server.stored_models import looks_for_drafter
 
     if merge and not adapters:
         raise UsageError("--merge requires --adapter")
@@ -167,9 +168,12 @@ def smoke(
     pictures = picture_parts(images, sounds)
     attestation = attestation_of(model, attest, key, local, clean)
     with _store(settings, clean) as store:
-        with shown_progress(settings) as progress:
-            opened = open_model(model, store=store, remote=remote, progress=progress)
         engine = config()
+        drafter = looks_for_drafter(engine)
+        with shown_progress(settings) as progress:
+            opened = open_model(
+                model, drafter=drafter, store=store, remote=remote, progress=progress
+            )
         pull_draft(engine, store, settings, remote)
         tested = opened.model
         del opened  # smoke_test loads the stored files itself

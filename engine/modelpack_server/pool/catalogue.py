@@ -96,6 +96,9 @@ class Catalogue(Protocol):
     def find(self, name: str) -> StoredModel:
         """Return the model with this name; raise `NotFoundError`."""
 
+    def uses_drafters(self, settings: ModelSettings) -> bool:
+        """Return whether models with `settings` run with the drafters that the store has."""
+
     def stored(self) -> Sequence[StoredModel]:
         """Return all models."""
 

@@ -247,6 +247,10 @@ class ModelPool:
         stored = await self.find(name)
         return self._settings_of(stored.base or stored.key)
 
+    def uses_drafters(self) -> bool:
+        """Return whether models run with their drafters, so that a pull should fetch these."""
+        return self.catalogue.uses_drafters(self._settings)
+
     def configured(self) -> dict[str, ModelSettings]:
         """Return the settings of `configure` calls, by key."""
         return dict(self._configured)

@@ -148,6 +148,12 @@ class StoreCatalogue:
                 return store
         return self.store
 
+    def uses_drafters(self, settings: ModelSettings) -> bool:
+        """Return whether models with `settings` run with the drafters that the store has."""
+        from modelpack_server.stored_models import looks_for_drafter
+
+        return self.ranks is None and looks_for_drafter(settings.engine_config(self.config))
+
     def stored(self) -> Sequence[StoredModel]:
         """Return the readable models that can be served."""
         found = []

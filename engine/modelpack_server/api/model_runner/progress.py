@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ from modelpack_server.api.model_runner.names import find_stored
 from modelpack_server.api.model_use import unless_gone
 from modelpack_server.api.sse import LiveStream
 from modelpack_server.pool.pool import ModelPool
+
+_log = logging.getLogger(__name__)
 
 Mode = Literal["pull", "push"]
 
@@ -125,6 +128,8 @@ async def stream_progress(
     stop = Stop()
 
     def report(progress: Progress) -> None:
+        if progress.action is Action.NOTE:
+            _log.warning("%s", progress.message)
         loop.call_soon_threadsafe(reports.put_nowait, progress)
 
     async with AsyncExitStack() as opened:
@@ -206,7 +211,10 @@ class Transfers:
         def work(lines: Lines, report: ProgressCallback, stop: Stop) -> str:
             found = inspect(str(reference), remote=remote, from_registry=True, stop=stop)
             lines.total = _total(found)
-            pull(reference, store=store, remote=remote, progress=report, stop=stop)
+            pull(
+                reference, drafter=self._pool.uses_drafters(), store=store, remote=remote,
+                progress=report, stop=stop,
+            )  # fmt: skip
             return "Model pulled successfully"
 
         return await stream_progress(request, work, self._limit, mode="pull")

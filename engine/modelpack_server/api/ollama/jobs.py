@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -17,13 +18,15 @@ from modelpack.artifacts.reference import Reference
 from modelpack.operations.pull import pull
 from modelpack.operations.push import push
 from modelpack.operations.remote import RemoteOptions
-from modelpack.progress import Progress, ProgressCallback, Stop
+from modelpack.progress import Action, Progress, ProgressCallback, Stop
 from modelpack_server.api.model_use import unless_gone
 from modelpack_server.api.ollama import ndjson
 from modelpack_server.api.ollama.bodies import TransferBody
 from modelpack_server.api.ollama.ndjson import JsonRoute, find
 from modelpack_server.api.sse import LiveStream
 from modelpack_server.pool.pool import ModelPool
+
+_log = logging.getLogger(__name__)
 
 #: The work of a job, for a thread: it reports progress and checks `Stop` regularly.
 Work = Callable[[ProgressCallback, Stop], None]
@@ -84,6 +87,8 @@ class Job:
 
     def _report(self, progress: Progress) -> None:
         """Pass a progress report from the job's thread to the event loop."""
+        if progress.action is Action.NOTE:
+            _log.warning("%s", progress.message)
         if progress.digest is not None:
             with suppress(RuntimeError):  # the event loop has ended
                 self._loop.call_soon_threadsafe(self._take, progress)
@@ -181,7 +186,10 @@ def router(pool: ModelPool) -> APIRouter:
         store = pool.catalogue.store
 
         def work(report: ProgressCallback, stop: Stop) -> None:
-            pull(where, store=store, remote=remote, progress=report, stop=stop)
+            pull(
+                where, drafter=pool.uses_drafters(), store=store, remote=remote,
+                progress=report, stop=stop,
+            )  # fmt: skip
 
         job = jobs.get(("pull", str(where), body.insecure), work)
         return await tell(request, job, _PULL, stream=body.stream)
