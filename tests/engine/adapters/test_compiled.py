@@ -40,6 +40,8 @@ def matrices(
     for name, module in model.named_modules():
         if isinstance(module, LINEARS) and name.endswith(only):
             outputs, inputs = module.weight.shape
+            if isinstance(module, nn.QuantizedLinear):
+                inputs = inputs * 32 // module.bits
             keys = mx.random.split(mx.random.key(seed * 1000 + len(found)), 3)
             a = 0.3 * mx.random.normal((inputs, rank), key=keys[0])
             b = 0.3 * mx.random.normal((rank, outputs), key=keys[1])
@@ -278,14 +280,26 @@ def test_the_verdict_names_a_wrong_kernel(host: Host, body: str, wrong: tuple[st
     assert "is off by" in str(adapters.verdict(mx.float32))
 
 
+def base(bits: int = 16, group: int = 64) -> nn.Module:
+    """Return a model whose layers are all quantised, unless `bits` is 16."""
+    model = tiny_llama(head_dim=32, hidden_size=64 if bits < 16 else 32)
+    if bits < 16:
+        nn.quantize(model, group, bits)
+    return model
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("only", ["", "v_proj"])
-def test_fused_layers(host: Host, only: str) -> None:
+@pytest.mark.parametrize(
+    ("only", "bits", "group"),
+    [("", 16, 0), ("v_proj", 16, 0), ("", 4, 32), ("", 4, 64), ("", 8, 32), ("", 8, 64),
+     ("v_proj", 4, 64)],
+)  # fmt: skip
+def test_fused_layers(host: Host, only: str, bits: int, group: int) -> None:
     """Their logits are those of layers that run one by one; all bodies run in one step."""
-    by_slot = {slot: matrices(tiny_llama(head_dim=32), slot, slot + 1, only) for slot in (1, 2)}
+    by_slot = {slot: matrices(base(bits, group), slot, slot + 1, only) for slot in (1, 2)}
     found = []
     for fused in (False, True):
-        model = tiny_llama(head_dim=32)
+        model = base(bits, group)
         runner = runner_of(model, exact=not fused, compiled=False)
         assert set(runner.fused) == ({"attention", "block", "MLP"} if fused else set())
         loras = LoRALayers(model, runner.adapter_rows)

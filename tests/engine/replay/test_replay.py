@@ -85,6 +85,7 @@ def make_engine(
     zeros: bool = False,
     biases: bool = False,
     bits: int = 16,
+    group: int = 32,
     **given: Any,
 ) -> KernelEngine:
     model = tiny_llama(
@@ -98,7 +99,7 @@ def make_engine(
     if packed:
         nn.quantize(model, 32, 4, class_predicate=lambda _, module: type(module) is nn.Embedding)
     if bits < 16:
-        nn.quantize(model, 32, bits, class_predicate=lambda _, module: type(module) is nn.Linear)
+        nn.quantize(model, group, bits, class_predicate=lambda _, module: type(module) is nn.Linear)
     loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", 256, (), 0)
     config = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given)
     return KernelEngine(loaded, config, draft=head)
@@ -873,9 +874,20 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "_SETTLED_STEPS", 0)
 
 
-def test_steps_with_adapters(driver: FakeDriver, settled: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "group"),
+    [
+        (16, 0),
+        pytest.param(4, 64, marks=pytest.mark.long),
+        pytest.param(8, 32, marks=pytest.mark.long),
+    ],
+)
+def test_steps_with_adapters(
+    driver: FakeDriver, settled: None, tmp_path: Path, bits: int, group: int
+) -> None:
     """A graph reads the matrices of its time; it is dropped when they change."""
-    make = partial(make_engine, max_loras=3)
+    quantised = {"packed": True, "bits": bits, "group": group} if bits < 16 else {}
+    make = partial(make_engine, max_loras=3, **quantised)
     wanted = by_mlx(lambda engine: with_adapters(engine, tmp_path), make)
     assert wanted[0] == wanted[1] != wanted[2] == wanted[3]
     assert len(set(map(tuple, wanted[0].values()))) == 3
@@ -898,6 +910,12 @@ def test_steps_with_adapters(driver: FakeDriver, settled: None, tmp_path: Path) 
     assert len(driver.graphs) == sum(graph is not None for graph in replays._graphs.values())
     bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
     assert {"adapters", "adapters_norm"} & bodies
+    assert ("dequantise" in bodies) == (bits < 16)
+    packed = [
+        bool(dict(call.note.template)["BITS"] < 16)
+        for calls in driver.graphs.values() for call in calls if call.note.body == "dots"
+    ]  # fmt: skip
+    assert set(packed) == {bits < 16}
     engine.remove_adapter("a")
     engine.remove_adapter("b")
     assert not driver.graphs, "they would keep the matrices"
