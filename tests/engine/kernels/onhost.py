@@ -121,6 +121,9 @@ class Host:
         if instance.body == "prefill":  # tensor cores are not emulated
             _attend(views, dict(instance.types), dict(instance.constants))
             return
+        if instance.body == "experts":
+            _multiply_experts(views, dict(instance.types), dict(instance.constants))
+            return
         for name in (*OUTPUTS[instance.body], *absent):
             alike = views.get(name.removesuffix("_up"), np.zeros((1, 4), np.uint8))
             views.setdefault(name, alike)
@@ -199,3 +202,39 @@ def emulated(patch: pytest.MonkeyPatch, *verdicts: _Verdict) -> Iterator[Host]:
     yield found
     for verdict in verdicts:
         verdict.cache_clear()
+
+
+def _multiply_experts(
+    views: dict[str, npt.NDArray[Any]], types: dict[str, str], constants: dict[str, int]
+) -> None:
+    """Write rows times the weights of their experts, by MLX's functions."""
+    dtype = next(each for each, name in C_TYPES.items() if name == types["T"])
+    bits, group = constants["BITS"], constants["GROUP"]
+
+    def given(name: str, of: mx.Dtype = dtype) -> mx.array:
+        return mx.array(views[name]).view(of).squeeze(-1)
+
+    def weights(up: str) -> mx.array:
+        if bits == 16:
+            return given(f"weight{up}").astype(mx.float32)
+        packed, scales, biases = (
+            given(f"{name}{up}", of)
+            for name, of in (("weight", mx.uint32), ("scales", dtype), ("biases", dtype))
+        )
+        return mx.dequantize(packed, scales, biases, group, bits).astype(mx.float32)
+
+    x, source = given("x").astype(mx.float32), given("source", mx.int32)
+    x = x[source] if constants["GATHER"] else x
+    ups = ("", "_up") if constants["SWIGLU"] else ("",)
+    every = [weights(up) for up in ups]
+    found = np.zeros(views["out"].shape[:-1], np.float32)
+    for expert, first, count in np.array(given("spans", mx.int32)):
+        rows = x[int(first) : int(first + count)]
+        outputs = [rows @ one[int(expert)].T for one in every]
+        if constants["BIAS"]:
+            outputs = [
+                y + given(f"bias{up}")[int(expert)] for y, up in zip(outputs, ups, strict=True)
+            ]
+        gate, *up = outputs
+        found[first : first + count] = gate * mx.sigmoid(gate) * up[0] if up else gate
+    views["out"][:] = memory(mx.array(found).astype(dtype))

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.sequence import Sequence
@@ -47,23 +49,34 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 1,
     "tie_word_embeddings": True,
 }
+GATED_DELTA: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-5,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         **NO_BIAS,
         **MAMBA2,
         "hybrid_override_pattern": ["M", "-", "*", "M"],
     },
-    "qwen3_5": {
-        "head_dim": 32,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
-        "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 2,
-        "partial_rotary_factor": 0.5,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-5,
+    "qwen3_5": GATED_DELTA,
+    "qwen3_next": {
+        **GATED_DELTA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 64,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
     },
 }
 
@@ -76,6 +89,8 @@ def make_engine(name: str, head: EagleHead | None = None, **given: Any) -> Kerne
         config = {"model_type": name, "text_config": config}
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
+    # On a CPU, MLX multiplies by experts in 4 bits or in float32.
+    nn.quantize(model, 32, 4, class_predicate=lambda _, module: type(module) is SwitchLinear)
     mx.eval(model.parameters())
     loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), name, 256, (), 0)
     settings = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given)
@@ -96,6 +111,7 @@ def by_mlx(scenario: Scenario, name: str, **given: Any) -> Tokens:
     [
         ("nemotron_h", "batches", 7),
         pytest.param("qwen3_5", "batches", 7, marks=pytest.mark.long),
+        pytest.param("qwen3_next", "batches", 7, marks=pytest.mark.long),
         pytest.param("nemotron_h", "drawn", 7, marks=pytest.mark.long),
         pytest.param("nemotron_h", "in turn", 18, marks=pytest.mark.long),
         pytest.param("qwen3_5", "in turn", 18, marks=pytest.mark.long),
@@ -128,8 +144,9 @@ def conversation(engine: KernelEngine, **params: Any) -> Tokens:
 )
 @pytest.mark.long
 def test_prompts_within_graphs(
-    name: str, scenario: Any, launched: list[Layout], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    name: str, scenario: Any, driver: FakeDriver, launched: list[Layout],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(ModelLayout, "num_snapshots", 6)
     wanted = by_mlx(scenario, name)
     engine = make_engine(name)
@@ -137,6 +154,9 @@ def test_prompts_within_graphs(
     with_prompts = [layout for layout in launched if layout.tiles]
     assert len(with_prompts) > 3
     assert len(launched) > len(with_prompts)
+    bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
+    experts = {"route", "dispatch", "experts", "combine"}
+    assert bodies & experts == (experts if name == "qwen3_next" else set())
     if scenario is conversation:
         snapshots = engine._runner.snapshots
         assert snapshots is not None
