@@ -691,7 +691,7 @@ def _by_layer(layer: Any, rows: mx.array, sent: Dispatch, *, gather: bool = True
 
     With `gather`, rows are in their original order.
     """
-    if type(layer) is BlockSwitchLinear:
+    if isinstance(layer, BlockSwitchLinear):
         found = layer.of_spans(rows, sent.spans, sent.tile, sent.source if gather else None)
         if found is not None:
             return found
@@ -710,9 +710,10 @@ def _one_by_one(rows: mx.array) -> mx.array:
 
 
 def _weights_of(layer: Any) -> Weights | None:
-    if type(layer) is BlockSwitchLinear:
+    """Return the parameters of a layer of experts, None for a block type; adapters swap classes."""
+    if isinstance(layer, BlockSwitchLinear):
         return None
-    if type(layer) is QuantizedSwitchLinear:
+    if isinstance(layer, QuantizedSwitchLinear):
         return quantised_weights(layer)
     return Weights.plain(layer["weight"], layer.get("bias"))
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
@@ -116,6 +117,28 @@ def test_experts_of_few_and_many_rows(host: Host, rows: int, bodies: set[str]) -
     np.testing.assert_allclose(given.astype(mx.float32), plain, **close)
     np.testing.assert_allclose(total.astype(mx.float32), wanted, **close)
     assert {body for body, _ in host.calls} >= bodies
+
+
+def test_quantised_experts_whose_calls_adapters_have_replaced(host: Host) -> None:
+    """Steps without adapters use the same kernels with and without adapters in memory."""
+    mx.random.seed(4)
+    experts: Any = SwitchGLU(64, 64, 4)
+    nn.quantize(experts, 32, 4)
+    experts.set_dtype(BF16)
+    x = mx.random.normal((2, 1, 64)).astype(BF16)
+    chosen = mx.random.randint(0, 4, (2, 1, 2)).astype(mx.uint32)
+    fuse_experts(experts, SimpleNamespace(active=True, fuses_experts=True), ClassSwaps())  # type: ignore[arg-type]
+    assert dots.experts_verdict(BF16, 4, 32) is None
+    found = []
+    for _ in range(2):
+        host.calls.clear()
+        found.append((experts(x, chosen), list(host.calls)))
+        for layer in (experts.gate_proj, experts.up_proj, experts.down_proj):
+            ClassSwaps().override(layer, lambda original, *args, **more: original(*args, **more))
+    (wanted, calls), (given, again) = found
+    assert [body for body, _ in calls] == ["dots", "dots"]
+    assert again == calls
+    assert mx.array_equal(given, wanted)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
