@@ -127,6 +127,10 @@ class AdapterMatrices(Protocol):
         """Whether adapters change no other layers than those of `AdapterRows.joint`."""
 
     @property
+    def changes_bypassed(self) -> bool:
+        """Whether adapters change some of `AdapterRows.bypassed`."""
+
+    @property
     def version(self) -> int:
         """Counts the changes of the matrices, from 1 on."""
 
@@ -145,6 +149,7 @@ class AdapterRows:
     that sort their rows: for each sorted row, its index before.
 
     For all steps, `joint` are the fused layers, and `matrices` those of the adapters in memory.
+    `bypassed` are the layers that fused routers and experts compute without what adapters add.
     """
 
     def __init__(self) -> None:
@@ -152,6 +157,7 @@ class AdapterRows:
         self.same: int | None = None
         self.order: mx.array | None = None
         self.joint: list[JointLayers] = []
+        self.bypassed: list[nn.Module] = []
         self.matrices: AdapterMatrices | None = None
         self._host: list[int] = []
 
@@ -159,6 +165,11 @@ class AdapterRows:
     def fuses(self) -> bool:
         """Whether linear layers may be fused: no row has an adapter, or kernels add it."""
         return self.slots is None or (self.matrices is not None and self.matrices.fuses)
+
+    @property
+    def fuses_experts(self) -> bool:
+        """Whether routers and experts may be fused: no row has an adapter, or none changes them."""
+        return self.slots is None or not (self.matrices is None or self.matrices.changes_bypassed)
 
     def join(self, *layers: nn.Module) -> JointLayers:
         """Return these layers, which are fused, with a place for the matrices of adapters."""
@@ -383,9 +394,9 @@ class StepInputs:
     def fuses_experts(self) -> bool:
         """Whether routers and experts of the step that is being built may be fused.
 
-        Adapters, DeepStack and cross-attention need layers that are not.
+        Adapters that change them, DeepStack and cross-attention need layers that are not.
         """
-        return self.fuses_linears and self.adapters.slots is None
+        return self.fuses_linears and self.adapters.fuses_experts
 
     @property
     def fuses_linears(self) -> bool:

@@ -207,8 +207,10 @@ def fuse(
             counts["heads"] += 1
         elif mixtures and fuse_experts(module, step, swaps):
             counts["experts"] += 1
+            step.adapters.bypassed += _expert_layers(module)
         elif mixtures and fuse_router(module, sums, step, swaps):
             counts["router"] += 1
+            step.adapters.bypassed += [module[name] for name in _ROUTERS if name in module]
         elif type(module) in (nn.Embedding, nn.QuantizedEmbedding):
             _fuse_embedding(module, step, swaps)
             _fuse_head(module, step, swaps, "as_linear")
@@ -478,6 +480,8 @@ def row_adapters(x: mx.array, joint: JointLayers, step: StepInputs) -> RowAdapte
     return RowAdapters(x, *joint.matrices, slots, joint.sizes, step.num_decode)
 
 
+#: The layers of a mixture whose weights a fused router reads.
+_ROUTERS = ("gate", "shared_expert_gate")
 #: Limits of the kernel, of which each lane holds a 32nd of the experts and all groups.
 _MOST_EXPERTS, _MOST_GROUPS = 1024, 32
 

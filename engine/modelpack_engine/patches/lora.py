@@ -197,6 +197,7 @@ class LoRALayers:
         self.changed: tuple[str, ...] = ()
         self.version = 0
         self._joined = self._fuses = True
+        self._changes_bypassed = False
         self._joint: list[_Joint] = []
         self._alone: list[_Stack] = []  # of layers that are not joint
 
@@ -240,6 +241,12 @@ class LoRALayers:
         """Whether adapters change no other layers than fused ones."""
         self._join()
         return not self._alone
+
+    @property
+    def changes_bypassed(self) -> bool:
+        """Whether adapters change layers of routers and experts that are fused."""
+        self._join()
+        return self._changes_bypassed
 
     def arrays(self) -> list[mx.array]:
         """Return the matrices of all slots, as inputs of a compiled graph."""
@@ -286,6 +293,8 @@ class LoRALayers:
         self._alone = [
             stack for stack in self._stacks.values() if stack.slots and id(stack) not in members
         ]
+        changed = {id(self._modules[name]) for name in self.changed}
+        self._changes_bypassed = any(id(layer) in changed for layer in self._rows.bypassed)
         self._joined = True
 
     def _override(self, name: str, stack: _Stack) -> None:

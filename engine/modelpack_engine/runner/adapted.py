@@ -373,6 +373,7 @@ class Adapted:
         """Restore the model's classes, and drop the pools."""
         self.swaps.undo()
         self._step.adapters.joint.clear()
+        self._step.adapters.bypassed.clear()
         self.paged, self.states, self.caches = [], [], []
         self.hidden = self._slots = self._marks = None
 

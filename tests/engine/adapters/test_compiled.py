@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import qwen3_moe
 
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.config import EngineConfig
@@ -18,14 +19,16 @@ from modelpack_engine.core.buckets import FEW
 from modelpack_engine.core.scheduler import Scheduler
 from modelpack_engine.kernels import launch, operations
 from modelpack_engine.kernels.sources import text
-from modelpack_engine.layers import adapters, kernels
-from modelpack_engine.patches.lora import LINEARS, LoRALayers, Matrices
+from modelpack_engine.layers import adapters, expert_kernels, kernels
+from modelpack_engine.patches.lora import EXPERTS, LINEARS, LoRALayers, Matrices
 from modelpack_engine.request import SamplingParams
 from modelpack_engine.runner.kv_cache_size import Sizes
 from modelpack_engine.runner.model_runner import make_runner
 from modelpack_engine.runner.paged import PagedRunner
 from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.runner.models import tiny_llama, token_ids
+from tests.engine.zoo.catalogue import CATALOGUE
+from tests.engine.zoo.specimen import make_specimen
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], list(range(1, 41)), [7], list(range(50, 10, -1))]
 #: The adapter of each prompt: two, and the base.
@@ -208,7 +211,8 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, kernels.verdict, adapters.verdict, adapters.wide_verdict) as found:
+    verdicts = (kernels.verdict, adapters.verdict, adapters.wide_verdict, expert_kernels.verdict)
+    with emulated(monkeypatch, *verdicts) as found:
         yield found
 
 
@@ -334,3 +338,105 @@ def test_adapters_with_gains_are_not_fused(host: Host) -> None:
     assert "adapters" not in {body for body, _ in host.calls}
     loras.set(1, {})
     assert loras.fuses
+
+
+def mixture(bits: int = 16) -> nn.Module:
+    """Return Qwen3's mixture of experts with random weights; those of experts have `bits`."""
+    mx.random.seed(7)
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 2,
+        "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "rms_norm_eps": 1e-5, "vocab_size": 64, "rope_theta": 1e4,
+        "max_position_embeddings": 256, "tie_word_embeddings": False, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "norm_topk_prob": True,
+    }  # fmt: skip
+    model: nn.Module = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config))
+    if bits < 16:
+        nn.quantize(model, 32, bits, class_predicate=lambda _, m: isinstance(m, EXPERTS))
+    mx.eval(model.parameters())
+    return model
+
+
+def of_experts(model: nn.Module, seed: int, layer: str) -> dict[str, Matrices]:
+    """Return an adapter of the attention and of one layer of the experts."""
+    found = matrices(model, seed, only="q_proj")
+    for name, module in model.named_modules():
+        if isinstance(module, EXPERTS) and name.endswith(layer):
+            sizes = module.num_experts, module.input_dims, module.output_dims
+            keys = mx.random.split(mx.random.key(seed), 2)
+            a = 0.3 * mx.random.normal((*sizes[:2], 2), key=keys[0])
+            found[name] = Matrices(a, 0.3 * mx.random.normal((sizes[0], 2, sizes[2]), key=keys[1]))
+    return found
+
+
+FUSED_EXPERTS = {"route", "dispatch", "combine"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(
+    ("changed", "fused"),
+    [("q_proj", True), ("o_proj", True), ("mlp.gate", False), ("up_proj", False),
+     ("down_proj", False)],
+)  # fmt: skip
+def test_experts_stay_fused_unless_adapters_change_them(
+    host: Host, changed: str, fused: bool, bits: int
+) -> None:
+    """An adapter in memory that changes them counts, whichever the rows have."""
+
+    def adapters_of(model: nn.Module) -> dict[int, dict[str, Matrices]]:
+        made = (
+            of_experts(model, 2, changed) if changed in ("up_proj", "down_proj")
+            else matrices(model, 2, only=changed)
+        )  # fmt: skip
+        return {1: matrices(model, 1, only="v_proj"), 2: made}
+
+    by_slot, found = adapters_of(mixture(bits)), []
+    for exact in (True, False):
+        model = mixture(bits)
+        runner = runner_of(model, exact=exact, compiled=False)
+        loras = LoRALayers(model, runner.adapter_rows)
+        for slot, layers in by_slot.items():
+            loras.set(slot, layers)
+        before = len(host.calls)
+        found.append(logits(runner, (1, 1, 1, 1), steps=4))
+        bodies = {body for body, _ in host.calls[before:]}
+        assert bodies & FUSED_EXPERTS == (FUSED_EXPERTS if fused and not exact else set())
+        found.append(logits(runner, steps=4))
+        # Steps without adapters, and after the adapter has gone.
+        before = len(host.calls)
+        found.append(logits(runner, (0, 0, 0, 0), steps=3))
+        bodies = {body for body, _ in host.calls[before:]}
+        assert bodies & FUSED_EXPERTS == (set() if exact else FUSED_EXPERTS)
+        loras.set(2, {})
+        before = len(host.calls)
+        found.append(logits(runner, (1, 1, 1, 1), steps=3))
+        bodies = {body for body, _ in host.calls[before:]}
+        assert bodies & FUSED_EXPERTS == (set() if exact else FUSED_EXPERTS)
+        loras.undo()
+        runner.undo()
+        assert not runner.adapter_rows.bypassed
+    half = len(found) // 2
+    for one, other in zip(found[:half], found[half:], strict=True):
+        assert same(one, other)
+    assert not same(found[0], found[2])
+    assert not same(found[0], found[1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("qwen3_next", {"gate", "shared_expert_gate", "gate_proj", "up_proj", "down_proj"}),
+        ("deepseek_v3", {"gate_proj", "up_proj", "down_proj"}),  # its router is no linear layer
+    ],
+)
+def test_what_fused_mixtures_bypass(host: Host, name: str, layers: set[str]) -> None:
+    model = make_specimen(next(c for c in CATALOGUE if c.id == name)).model
+    runner = make_runner(model, num_blocks=64, buckets=FEW, exact=False, compiled=False)
+    assert runner.adapter_rows is not None
+    bypassed = {id(layer) for layer in runner.adapter_rows.bypassed}
+    found = {path for path, module in model.named_modules() if id(module) in bypassed}
+    assert {path.rpartition(".")[2] for path in found} == layers
+    assert all(".mlp." in path and ".shared_expert." not in path for path in found)

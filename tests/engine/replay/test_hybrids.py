@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from modelpack.formats.adapter import read_adapter
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
@@ -23,6 +25,7 @@ from modelpack_engine.runner.recurrent import SlotSnapshot, StateRows
 from modelpack_engine.runner.replay import Replays
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.ngram import NgramProposer
+from tests.adapters import write_peft
 from tests.engine.replay.conftest import FakeDriver, no_driver
 from tests.engine.replay.test_replay import (
     SCENARIOS,
@@ -257,3 +260,25 @@ def test_no_draft_is_prepared_for_a_graph_that_has_none(
     add(engine, "one", [1, 2, 3], 12)
     assert len(step(engine, {})["one"]) == 12
     assert not asked
+
+
+@pytest.mark.long
+def test_experts_stay_in_graphs_with_adapters_of_other_layers(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(replay, "_SETTLED_STEPS", 0)
+    targets = {f"model.layers.{index}.self_attn.o_proj": (64, 64) for index in (1, 3)}
+    read = read_adapter(write_peft(tmp_path, targets, rank=3, seed=1, size=2))
+
+    def scenario(engine: Engine) -> Tokens:
+        engine.add_adapter("a", read, "a")
+        for name, adapter in (("with", "a"), ("without", None)):
+            add(engine, name, [1, 2, 3], 10, adapter)
+        return step(engine, {})
+
+    wanted = by_mlx(scenario, "qwen3_next", max_loras=1)
+    assert wanted["with"] != wanted["without"]
+    assert scenario(make_engine("qwen3_next", max_loras=1)) == wanted
+    assert driver.num_launches > 4
+    recorded = [{call.note.body for call in calls} for calls in driver.graphs.values()]
+    assert any({"adapters_norm", "route", "dots"} <= bodies for bodies in recorded)

@@ -18,6 +18,7 @@ from modelpack_engine.layers import (
     adapters,
     convolution,
     delta_rule,
+    expert_kernels,
     gated_norm,
     kernels,
     linear_attention,
@@ -31,6 +32,7 @@ from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import CompiledSteps
 from modelpack_engine.runner.recurrent import SlotSnapshot
 from tests.engine.kernels.onhost import Host, emulated
+from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.configuration import Configuration, prompts
 from tests.engine.zoo.driving import Driver, Setting
 from tests.engine.zoo.recurrent import RECURRENT
@@ -192,17 +194,24 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_SLOTS", 256)
     layers = (
         convolution, delta_rule, gated_norm, linear_attention, state_space, kernels, adapters,
+        expert_kernels,
     )  # fmt: skip
     wide = delta_rule.wide_verdict, state_space.wide_verdict
     with emulated(monkeypatch, *(layer.verdict for layer in layers), *wide) as found:
         yield found
 
 
-@pytest.mark.parametrize("tuned", [False, True], ids=["base", "adapters"])
-@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next", "qwen3_5"])
-def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "tuned"),
+    [
+        *((name, how) for name in ("nemotron_h", "qwen3_next", "qwen3_5") for how in ("", "all")),
+        ("nemotron_h: experts", "all but experts"),
+        ("qwen3_next", "all but experts"),
+    ],
+)
+def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: str) -> None:
     """On an emulated GPU: prompts of several lengths and tokens, of layers that are fused."""
-    [known] = [each for each in RECURRENT if each.id == name]
+    [known] = [each for each in CATALOGUE if each.id == name]
     wide = {"linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim", "ssm_state_size"}
     own = dict.fromkeys(("head_dim", *sorted(wide & {*known.args})), 32)
     specimen = make_specimen(replace(known, args={**known.args, **own}))
@@ -213,14 +222,19 @@ def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: bool)
             assert runner.notes == tuple(runner.adapted.notes())
             loras = LoRALayers(specimen.model, runner.adapter_rows)
             if tuned:
-                loras.set(1, adapter_of(specimen.model))
+                layers = adapter_of(specimen.model)
+                if tuned != "all":
+                    routers = (".gate", ".shared_expert_gate")
+                    layers = {n: one for n, one in layers.items() if not n.endswith(routers)}
+                loras.set(1, layers)
                 assert loras.fuses
+                assert tuned == "all" or not loras.changes_bypassed
             if how["compiled"]:
                 assert {"recurrence", "attention", "block"} <= {*runner.fused}
             host.calls.clear()
             driver = Driver(runner, Setting(buckets=FEW, exact=False, rows=32))
             for index, prompt in enumerate(prompts()[:3]):
-                driver.add(prompt, 4, adapter=tuned and index % 2)
+                driver.add(prompt, 4, adapter=index % 2 if tuned else 0)
             driver.run()
             assert driver.scheduler.stats().num_mixed_steps > 0
             found = driver.tokens
@@ -232,13 +246,15 @@ def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: bool)
         return found
 
     found = tokens(compiled=True)
-    rule = "state_space" if name == "nemotron_h" else "delta_rule"
+    rule = "state_space" if "nemotron_h" in name else "delta_rule"
     assert {"convolve", rule, "gated_norm", "rotate"} <= {body for body, _ in host.calls}
     wanted = [own[:4] for own in specimen.reference.tokens[:3]]
     if not tuned:
         assert found == wanted
         return
     assert "adapters" in {body for body, _ in host.calls}
+    if tuned != "all":
+        assert {"route", "gate", "dispatch", "combine"} <= {body for body, _ in host.calls}
     assert [found[0], found[2]] == [wanted[0], wanted[2]]
     assert found[1] != wanted[1]
     with pytest.MonkeyPatch.context() as patch:
