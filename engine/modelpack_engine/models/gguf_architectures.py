@@ -424,6 +424,14 @@ def _gpt2(values: Hyperparameters, config: Config) -> None:
     }
 
 
+def _qwen(values: Hyperparameters, config: Config) -> None:
+    if config["rope_theta"] != 10000:
+        raise values.unsupported(f"a rope of base {config['rope_theta']:g}")
+    config["layer_norm_epsilon"] = config.pop("rms_norm_eps", None)
+    config["layer_norm_epsilon"] = values.number("attention.layer_norm_rms_epsilon")
+    config["kv_channels"] = config["head_dim"]
+
+
 def _gpt_neox(values: Hyperparameters, config: Config) -> None:
     config |= {
         "rotary_emb_base": config["rope_theta"],
@@ -899,6 +907,15 @@ _GPT_NEOX: Names = {
     "ffn_up": "mlp.dense_h_to_4h",
     "ffn_down": "mlp.dense_4h_to_h",
 }
+_QWEN: Names = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_gate": "mlp.w2",
+    "ffn_up": "mlp.w1",
+    "ffn_down": "mlp.c_proj",
+}
 _NEMOTRON: Names = {**_LLAMA, **_shifted_weights(_NORM), **_shifted_weights(_FFN_NORM)}
 
 #: The architectures that load, by the name that GGUF files give them.
@@ -908,6 +925,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "internlm2": Architecture("llama", _LLAMA, _llama, rotates_pairs=True),
     "exaone": Architecture("llama", _LLAMA, _exaone),
     "minicpm": Architecture("granite", _GRANITE, _minicpm),
+    "qwen": Architecture(
+        "qwen",
+        _QWEN,
+        _qwen,
+        outer={
+            "token_embd": "transformer.wte",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        layers="transformer.h",
+        scaled_rope=False,
+    ),
     "qwen2": Architecture("qwen2", _LLAMA),
     "qwen2moe": Architecture("qwen2_moe", _QWEN2_MOE, _qwen2_moe),
     "qwen3": Architecture("qwen3", {**_LLAMA, **_QK_NORM}),

@@ -502,6 +502,11 @@ def _gpt2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
 
 
+def _qwen_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/qwen.py: QwenModel, which writes twice the size of the layers."""
+    writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+
+
 def _gpt_neox_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_layer_norm_eps(config["layer_norm_eps"])
     writer.add_rope_dimension_count(int(_head_dim(config) * config["rotary_pct"]))
@@ -977,6 +982,19 @@ TINY_MODELS: dict[str, TinyModel] = {
     # Mistral NeMo: heads wider than hidden_size / heads.
     "mistral": TinyModel(
         "llama", _model("llama", "llama", head_dim=32, rope_theta=1e6), _llama_keys, _permuted
+    ),
+    "qwen": TinyModel(
+        "qwen",
+        {
+            key: value
+            for key, value in {
+                **_model("qwen", "qwen", intermediate_size=192, num_key_value_heads=4),
+                "kv_channels": 16,
+                "layer_norm_epsilon": 1e-5,
+            }.items()
+            if key != "rms_norm_eps"
+        },
+        _qwen_keys,
     ),
     "qwen2": TinyModel("qwen2", _model("qwen2", "qwen2", rope_theta=1e6)),
     "qwen2-yarn": TinyModel(

@@ -29,7 +29,6 @@ NAMED: Mapping[str, str] = {
     "plamo": "plamo",
     "plamo2": "plamo2",
     "plamo3": "plamo3",
-    "qwen": "qwen",
     "rwkv7": "rwkv7",
     "step3p5": "step35",
 }
