@@ -229,6 +229,11 @@ class GGUFLoader:
         self._add_rope_factors()
         self._parameters = self._find_parameters()
         self._shapes = {f"{p.path}.{p.name}": self._shape(p) for p in self._parameters}
+        self._scalars = {
+            f"{self.architecture.layers}.{at}.{path}": number
+            for path, numbers in self.architecture.scalars(values).items()
+            for at, number in enumerate(numbers)
+        }
 
     @property
     def dense_elements(self) -> int:
@@ -261,6 +266,8 @@ class GGUFLoader:
         casts = getattr(model, "cast_predicate", lambda name: True)  # mlx-lm's, of its conversion
         # Not strict, because `_build` has compared names and shapes.
         model.load_weights(list(arrays_of(plans, precision.dtype, casts)), strict=False)
+        scalars = [(name, mx.array(at, precision.dtype)) for name, at in self._scalars.items()]
+        model.load_weights(scalars, strict=False)
         self._set_rope_frequencies(model)
         return cast(Module, model)
 
@@ -321,7 +328,8 @@ class GGUFLoader:
             raise self._error(f"cannot build {model_type} from its metadata: {error}") from error
         if hasattr(model, "sanitize"):  # may drop the output layer of a model with tied embeddings
             model.sanitize({name: mx.zeros(shape) for name, shape in self._shapes.items()})
-        check_parameters(self.file.metadata.path, shapes_of(model), self._shapes)
+        shapes = {**self._shapes, **dict.fromkeys(self._scalars, ())}
+        check_parameters(self.file.metadata.path, shapes_of(model), shapes)
         return model
 
     def _shape(self, parameter: Parameter) -> tuple[int, ...]:

@@ -177,7 +177,8 @@ class Architecture:
     With `rotates_pairs`, llama.cpp's converter permutes the rows of queries and keys, which stay in
     this order: the class rotates pairs, as it can, and not halves of a head.
     Tensors for which `is_unused` is true are left out. `empty_layers` returns those without any.
-    Without `attends`, no layer has heads.
+    Without `attends`, no layer has heads. `scalars` returns parameters that a file has as metadata:
+    for a path inside of a layer, a number for each layer.
     """
 
     model_type: str
@@ -191,6 +192,7 @@ class Architecture:
     is_unused: Callable[[Hyperparameters, str], bool] = lambda values, tensor: False
     empty_layers: Callable[[Hyperparameters], set[int]] = lambda values: set()
     attends: bool = True
+    scalars: Callable[[Hyperparameters], Mapping[str, list[float]]] = lambda values: {}
 
     def config(self, values: Hyperparameters) -> Config:
         """Return the config for mlx-lm's class. Raises `ModelLoadError`, naming a missing value."""
@@ -280,6 +282,29 @@ def _llama3_rope(values: Hyperparameters, config: Config) -> None:
     if "rope_freqs.weight" in values.file:
         # This only selects the class of the rope; `GGUFLoader` sets the file's own frequencies.
         config["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0}
+
+
+def _apertus(values: Hyperparameters, config: Config) -> None:
+    config |= {
+        "attention_bias": False,
+        "mlp_bias": values.has("ffn_up.bias"),
+        "post_norm": False,
+        "qk_norm": True,
+    }
+    _llama3_rope(values, config)
+
+
+def _xielu(values: Hyperparameters) -> dict[str, list[float]]:
+    """Return the parameters of xIELU, whose keys do not begin with the architecture."""
+    found = {}
+    for name in ("alpha_n", "alpha_p", "beta", "eps"):
+        numbers: list[float] = values.metadata.numbers(f"xielu.{name}").tolist()
+        if len(numbers) != values.layers:
+            raise values.metadata.error(
+                f"'xielu.{name}' has {len(numbers)} values for {values.layers} layers"
+            )
+        found[f"mlp.act_fn.{name}"] = numbers
+    return found
 
 
 def _deci(values: Hyperparameters, config: Config) -> None:
@@ -907,6 +932,14 @@ _GPT_NEOX: Names = {
     "ffn_up": "mlp.dense_h_to_4h",
     "ffn_down": "mlp.dense_4h_to_h",
 }
+_APERTUS: Names = {
+    **_QKV,
+    **_QK_NORM,
+    "attn_norm": "attention_layernorm",
+    "ffn_norm": "feedforward_layernorm",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _QWEN: Names = {
     "attn_norm": "ln_1",
     "attn_qkv": "attn.c_attn",
@@ -925,6 +958,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "internlm2": Architecture("llama", _LLAMA, _llama, rotates_pairs=True),
     "exaone": Architecture("llama", _LLAMA, _exaone),
     "minicpm": Architecture("granite", _GRANITE, _minicpm),
+    "apertus": Architecture("apertus", _APERTUS, _apertus, scalars=_xielu),
     "qwen": Architecture(
         "qwen",
         _QWEN,

@@ -184,6 +184,8 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("deepseek-v2-lite", "deepseek2.expert_gating_func", 3, "scored by another function"),
         ("deepseek-v2-lite", "deepseek2.expert_group_count", 4, "groups of experts"),
         ("deepseek-v3", "deepseek2.attention.temperature_scale", 0.1, "scaled by the position"),
+        ("apertus", "xielu.beta", [0.5], r"'xielu.beta' has 1 values for 2 layers"),
+        ("apertus", "xielu.eps", 0.5, r"xielu.eps.* expected an array"),
         ("qwen", "qwen.rope.freq_base", 1e6, r"qwen with a rope of base 1e\+06"),
         ("qwen2-yarn", "qwen2.rope.scaling.yarn_attn_factor", 2.0, "scales attention"),
     ],

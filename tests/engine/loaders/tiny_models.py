@@ -502,6 +502,20 @@ def _gpt2_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
 
 
+def _apertus_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/llama.py: ApertusModel, which writes the activations' parameters as metadata."""
+    _llama3_keys(writer, config)
+    layers = [layer.mlp.act_fn for layer in TINY_MODELS["apertus"].build().layers]
+    writer.add_xielu_alpha_n([float(one.alpha_n) for one in layers])
+    writer.add_xielu_alpha_p([float(one.alpha_p) for one in layers])
+    writer.add_xielu_beta([float(one.beta) for one in layers])
+    writer.add_xielu_eps([float(one.eps) for one in layers])
+
+
+def _apertus(config: Mapping[str, Any], weights: Weights) -> Weights:
+    return {name: value for name, value in weights.items() if "act_fn" not in name}
+
+
 def _qwen_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     """conversion/qwen.py: QwenModel, which writes twice the size of the layers."""
     writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
@@ -676,7 +690,7 @@ class TinyModel:
             near_one = ("norm.weight", "norm_1.weight", "norm_2.weight", "scale", "layer_scalar")
             shifted = self.config["model_type"] in ("gemma", "gemma2", "gemma3_text")
             norm = name.endswith(near_one) and not shifted
-            scale = 0.1 if array.ndim == 1 else 2.0 / np.sqrt(array.shape[-1])
+            scale = 0.1 if array.ndim <= 1 else 2.0 / np.sqrt(array.shape[-1])
             values = random.standard_normal(array.shape) * scale + (1 if norm else 0)
             made[name] = values.astype(np.float32)
         return made
@@ -982,6 +996,20 @@ TINY_MODELS: dict[str, TinyModel] = {
     # Mistral NeMo: heads wider than hidden_size / heads.
     "mistral": TinyModel(
         "llama", _model("llama", "llama", head_dim=32, rope_theta=1e6), _llama_keys, _permuted
+    ),
+    "apertus": TinyModel(
+        "apertus",
+        _model(
+            "apertus",
+            "apertus",
+            mlp_bias=False,
+            attention_bias=False,
+            post_norm=False,
+            qk_norm=True,
+            rope_scaling=_LLAMA3_ROPE,
+        ),
+        _apertus_keys,
+        _apertus,
     ),
     "qwen": TinyModel(
         "qwen",

@@ -20,7 +20,6 @@ RUNS_OTHERWISE = "files of these models name this architecture, which runs with 
 
 #: Classes for which llama.cpp has an architecture that has no row here.
 NAMED: Mapping[str, str] = {
-    "apertus": "apertus",
     "dbrx": "dbrx",
     "glm_moe_dsa": "glm-dsa",
     "mimo_v2_flash": "mimo2",
