@@ -449,6 +449,22 @@ def _gpt2(values: Hyperparameters, config: Config) -> None:
     }
 
 
+def _openelm(values: Hyperparameters, config: Config) -> None:
+    width = values.positive("embedding_length")
+    config |= {
+        "model_dim": width,
+        "num_transformer_layers": values.layers,
+        "num_query_heads": values.each_layer("attention.head_count"),
+        "num_kv_heads": values.each_layer("attention.head_count_kv"),
+        # A file has the sizes of the layers, which the class computes and rounds.
+        "ffn_multipliers": [size / width for size in values.each_layer("feed_forward_length")],
+        "ffn_dim_divisor": 1,
+        "normalize_qk_projections": values.has("attn_q_norm.weight"),
+        "share_input_output_layers": config["tie_word_embeddings"],
+        "rope_freq_constant": config["rope_theta"],
+    }
+
+
 def _qwen(values: Hyperparameters, config: Config) -> None:
     if config["rope_theta"] != 10000:
         raise values.unsupported(f"a rope of base {config['rope_theta']:g}")
@@ -940,6 +956,17 @@ _APERTUS: Names = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_OPENELM: Names = {
+    "attn_norm": "attn_norm",
+    "attn_qkv": "attn.qkv_proj",
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
+    "attn_output": "attn.out_proj",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "ffn.proj_1",
+    "ffn_up": Target("ffn.proj_1", place=1),
+    "ffn_down": "ffn.proj_2",
+}
 _QWEN: Names = {
     "attn_norm": "ln_1",
     "attn_qkv": "attn.c_attn",
@@ -959,6 +986,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "exaone": Architecture("llama", _LLAMA, _exaone),
     "minicpm": Architecture("granite", _GRANITE, _minicpm),
     "apertus": Architecture("apertus", _APERTUS, _apertus, scalars=_xielu),
+    "openelm": Architecture(
+        "openelm",
+        _OPENELM,
+        _openelm,
+        outer={
+            "token_embd": "transformer.token_embeddings",
+            "output_norm": "transformer.norm",
+            "output": "lm_head",
+        },
+        layers="transformer.layers",
+        scaled_rope=False,
+    ),
     "qwen": Architecture(
         "qwen",
         _QWEN,

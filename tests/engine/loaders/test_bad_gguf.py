@@ -186,6 +186,8 @@ def test_lying_metadata(changes: dict[str, Any], message: str, tmp_path: Path) -
         ("deepseek-v3", "deepseek2.attention.temperature_scale", 0.1, "scaled by the position"),
         ("apertus", "xielu.beta", [0.5], r"'xielu.beta' has 1 values for 2 layers"),
         ("apertus", "xielu.eps", 0.5, r"xielu.eps.* expected an array"),
+        ("openelm", "openelm.embedding_length", 0, r"embedding_length' is 0, expected 1"),
+        ("openelm", "openelm.attention.head_count", [4], r"has 1 values for 2 layers"),
         ("qwen", "qwen.rope.freq_base", 1e6, r"qwen with a rope of base 1e\+06"),
         ("qwen2-yarn", "qwen2.rope.scaling.yarn_attn_factor", 2.0, "scales attention"),
     ],

@@ -516,6 +516,27 @@ def _apertus(config: Mapping[str, Any], weights: Weights) -> Weights:
     return {name: value for name, value in weights.items() if "act_fn" not in name}
 
 
+def _openelm_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """conversion/openelm.py: an array of heads, and one of feed-forward sizes."""
+    for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
+        del writer.kv_data[0][f"openelm.{name}"]
+    writer.add_head_count(config["num_query_heads"])
+    writer.add_head_count_kv(config["num_kv_heads"])
+    writer.add_feed_forward_length([96, 160])
+    writer.add_rope_dimension_count(config["head_dim"])
+
+
+def _openelm(config: Mapping[str, Any], weights: Weights) -> Weights:
+    """conversion/openelm.py: `proj_1` becomes a gate and an up projection."""
+    split = dict(weights)
+    for name in [name for name in weights if "proj_1" in name]:
+        new = name.replace("transformer.layers", "model.layers").replace(
+            "ffn.proj_1", "mlp.{}_proj"
+        )
+        split[new.format("gate")], split[new.format("up")] = np.split(split.pop(name), 2)
+    return split
+
+
 def _qwen_keys(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     """conversion/qwen.py: QwenModel, which writes twice the size of the layers."""
     writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
@@ -1010,6 +1031,23 @@ TINY_MODELS: dict[str, TinyModel] = {
         ),
         _apertus_keys,
         _apertus,
+    ),
+    "openelm": TinyModel(
+        "openelm",
+        _model(
+            "openelm",
+            "openelm",
+            head_dim=16,
+            tie_word_embeddings=True,
+            model_dim=64,
+            num_transformer_layers=2,
+            num_query_heads=[4, 2],
+            num_kv_heads=[2, 1],
+            ffn_multipliers=[1.5, 2.5],
+            ffn_dim_divisor=16,
+        ),
+        _openelm_keys,
+        _openelm,
     ),
     "qwen": TinyModel(
         "qwen",

@@ -24,7 +24,6 @@ NAMED: Mapping[str, str] = {
     "glm_moe_dsa": "glm-dsa",
     "mimo_v2_flash": "mimo2",
     "minicpm3": "minicpm3",
-    "openelm": "openelm",
     "plamo": "plamo",
     "plamo2": "plamo2",
     "plamo3": "plamo3",
