@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", default=["llama-1b"], choices=gpu_engine.SHAPES)
     parser.add_argument("--gguf", type=Path, help="in place of random weights of a shape")
     parser.add_argument("--bits", type=int, default=16, choices=(4, 8, 16))
+    parser.add_argument("--group-size", type=int, default=64, help="of quantised weights")
     parser.add_argument("--streams", type=int, nargs="*", default=[1, 8, 32, 64])
     parser.add_argument("--loads", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--tokens", type=int, default=200)
@@ -156,7 +157,7 @@ def main() -> None:
         if args.gguf:
             engine = engine_of_file(args.gguf, seqs)
         else:
-            model = gpu_engine.make_model(name, args.bits)
+            model = gpu_engine.make_model(name, args.bits, args.group_size)
             engine = gpu_engine.make_engine(model, seqs, "shortest-first", 16 << 30, 4096)
             del model
         replays = engine._replays

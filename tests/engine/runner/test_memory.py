@@ -11,6 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
 from modelpack_engine import engine
 from modelpack_engine.config import EngineConfig
@@ -227,6 +229,40 @@ def test_a_quantised_head_counts_if_its_values_are_computed(
     nn.quantize(model, group_size=32, bits=bits, mode=mode)
     few, many = (step_memory(model, 64, count).per_step for count in (1, rows))
     assert many - few == counted * 64 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("bits", "fits"),
+    [pytest.param(4, True, id="4 bits"), pytest.param(8, False, id="8 bits, in a control")],
+)
+def test_an_8b_model_serves_16k_tokens_in_10_gb(gpu: Any, bits: int, fits: bool) -> None:
+    """Weights, KV cache and steps of Llama-3.1-8B's shape, whose arrays MLX never evaluates."""
+    card = 10 * 10**9
+    arguments = llama.ModelArgs(
+        model_type="llama", hidden_size=4096, num_hidden_layers=32, intermediate_size=14336,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=128256,
+        rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=False,
+        max_position_embeddings=131072,
+    )  # fmt: skip
+    model = llama.Model(arguments)
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, group_size=64, bits=bits)
+    weights = sum(leaf.nbytes for _, leaf in tree_flatten(model.parameters()))
+    per_token = 2 * 32 * 8 * 128 * 2
+    layout: Any = SimpleNamespace(bytes_per_token=per_token, snapshot_bytes=0, bytes_per_sequence=0)
+    gpu({"device_name": "a card", "total_memory": card, "free_memory": card - weights})
+    steps = step_memory(model, 128256, 64)
+    config = EngineConfig(max_model_len=16384)
+    if not fits:
+        with pytest.raises(OutOfMemoryError):
+            kv_cache_size.choose_sizes(layout, 131072, config, step_memory=steps)
+        return
+    sizes = kv_cache_size.choose_sizes(layout, 131072, config, step_memory=steps)
+    cache = sizes.cache_bytes(config.block_size, per_token)
+    assert (sizes.num_blocks - 1) * config.block_size >= 16384
+    assert weights + cache + sizes.step_bytes <= card
+    assert sizes.step_bytes > 10**9  # not because steps have no memory
+    assert sizes.max_num_batched_tokens >= 256
 
 
 def test_the_limit_of_steps_holds_in_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
