@@ -38,7 +38,7 @@ from modelpack_engine.layers.blocks import (
 )
 from modelpack_engine.models import gguf_blocks, gguf_planes, load_progress
 from modelpack_engine.models.adapter import merged_weight, read_layers
-from modelpack_engine.models.gguf_architectures import architecture_of
+from modelpack_engine.models.gguf_architectures import Targets, architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE, AffineBlocks
 from modelpack_engine.models.gguf_file import GGUFFile, GGUFTensor
 from modelpack_engine.models.gguf_hyperparameters import Config, Hyperparameters
@@ -223,12 +223,12 @@ class GGUFLoader:
         self.file = file
         self._error = file.metadata.error
         self.name, self.architecture = architecture_of(file, with_pictures=with_pictures)
-        values = Hyperparameters(self.name, file.metadata, file)
-        self._names = self._used_names(values)
+        self._values = values = Hyperparameters(self.name, file.metadata, file)
+        names = self._used_names(values)
         self.config: Config = self.architecture.config(values)
         self._add_rope_factors()
-        self._parameters = self._find_parameters()
-        self._shapes = {f"{p.path}.{p.name}": self._shape(p) for p in self._parameters}
+        self._parameters = self._find_parameters(names, self.architecture.targets)
+        self._shapes = self._shapes_of(self._parameters)
         self._scalars = {
             f"{self.architecture.layers}.{at}.{path}": number
             for path, numbers in self.architecture.scalars(values).items()
@@ -242,34 +242,58 @@ class GGUFLoader:
 
     def load(self, precision: Precision) -> Module:
         """Return the model with its weights, which MLX may not have evaluated yet."""
-        model: Any = self._build()
-        modules = dict(model.named_modules())
-        plans = [
-            _plan(parameter, modules.get(parameter.path), precision)
-            for parameter in self._parameters
-        ]
-        if precision.blocks:
-            plans = _within_the_file(plans, modules, precision.dtype)
-        in_blocks = [
-            (plan.parameter.path, _module_of(plan.blocks, modules[plan.parameter.path], precision))
-            for plan in plans
-            if plan.blocks is not None
-        ]
-        model.update_modules(tree_unflatten(in_blocks))
-        packed = {
-            plan.parameter.path: {"group_size": GROUP_SIZE, **asdict(plan.packing)}
-            for plan in plans
-            if plan.packing
-        }
-        if packed:
-            quantize(model, class_predicate=lambda path, _: packed.get(path, False))
-        casts = getattr(model, "cast_predicate", lambda name: True)  # mlx-lm's, of its conversion
-        # Not strict, because `_build` has compared names and shapes.
-        model.load_weights(list(arrays_of(plans, precision.dtype, casts)), strict=False)
+        model = self._build()
+        _load_weights(model, self._parameters, precision)
         scalars = [(name, mx.array(at, precision.dtype)) for name, at in self._scalars.items()]
         model.load_weights(scalars, strict=False)
         self._set_rope_frequencies(model)
-        return cast(Module, model)
+        return model
+
+    def load_predicting_layer(self, head: Any, precision: Precision) -> None:
+        """Load the file's layer for multi-token prediction into `head`, a `models.mtp.MtpHead`.
+
+        Of several layers, it is the first. Embeddings and an output layer of its own are added to
+        `head` if they differ from the model's. Raises `ModelLoadError` for a file without a layer,
+        and for tensors that are missing, unknown or of the wrong shape.
+        """
+        layers = self._values.layers
+        if not self._values.predicting_layers:
+            raise self._error(
+                "the file has no layer for multi-token prediction",
+                hint="use a file that was converted with it (nextn_predict_layers in its metadata)",
+            )
+        prefix = f"blk.{layers}."
+        names = [
+            name for name in self.file.names if name.startswith(prefix) and not self._is_copy(name)
+        ]
+        if not names:
+            raise self._error(
+                "the metadata name a layer for multi-token prediction, but there are no tensors "
+                f"{prefix}*",
+                hint="package the complete file, or all shards of the model",
+            )
+        parameters = self._find_parameters(names, self.architecture.predicting_targets)
+        shape = (head.num_logits, self.config["hidden_size"])
+        for parameter in parameters:
+            if parameter.path == "embed_tokens":
+                head.embed_tokens = Embedding(*shape)
+            elif parameter.path == "head":
+                head.head = Linear(*shape[::-1], bias=False)
+        what = f"{self.file.metadata.path}: blk.{layers}"
+        check_parameters(what, shapes_of(head), self._shapes_of(parameters))
+        _load_weights(head, parameters, precision)
+
+    def _is_copy(self, name: str) -> bool:
+        """Return whether a tensor repeats the model's embeddings or output layer."""
+        embeddings, output = "token_embd.weight", "output.weight"
+        if name.endswith(".nextn.embed_tokens.weight"):
+            model = self.file[embeddings]
+        elif name.endswith(".nextn.shared_head_head.weight"):
+            model = self.file[output if output in self.file else embeddings]
+        else:
+            return False
+        own = self.file[name]
+        return own.dtype == model.dtype and np.array_equal(own.raw, model.raw)
 
     def skeleton(self) -> Module | None:
         """Return the model without weights if the library for CPUs can run it, else None."""
@@ -332,6 +356,9 @@ class GGUFLoader:
         check_parameters(self.file.metadata.path, shapes_of(model), shapes)
         return model
 
+    def _shapes_of(self, parameters: Collection[Parameter]) -> dict[str, tuple[int, ...]]:
+        return {f"{found.path}.{found.name}": self._shape(found) for found in parameters}
+
     def _shape(self, parameter: Parameter) -> tuple[int, ...]:
         try:
             return parameter.shape
@@ -363,16 +390,18 @@ class GGUFLoader:
             )
         return used
 
-    def _find_parameters(self) -> list[Parameter]:
-        """Return the parameters of the model in the order of their tensors in the file."""
+    def _find_parameters(
+        self, names: Collection[str], targets_of: Callable[[str], Targets]
+    ) -> list[Parameter]:
+        """Return the parameters that tensors become, in the order of the tensors in the file."""
         found: dict[tuple[str, str], list[Source]] = {}
         unknown = []
-        for name in self._names:
+        for name in names:
             if name == _ROPE_FREQS and self._has_llama3_rope:
                 continue
             if name in _ROPE_FACTORS and self.name == "phi3":
                 continue
-            targets = self.architecture.targets(name)
+            targets = targets_of(name)
             for path, parameter, target in targets:
                 source = Source(self.file[name], target, self.config)
                 found.setdefault((path, parameter), []).append(source)
@@ -422,6 +451,29 @@ class GGUFLoader:
             # Some layers of Exaone have none, and some of Nemotron no attention.
             if layer.self_attn is not None and "rope" in layer.self_attn:
                 layer.self_attn.rope._freqs = frequencies
+
+
+def _load_weights(model: Any, parameters: Collection[Parameter], precision: Precision) -> None:
+    """Load parameters, whose names and shapes have been compared, into a model or a part of it."""
+    modules = dict(model.named_modules())
+    plans = [_plan(parameter, modules.get(parameter.path), precision) for parameter in parameters]
+    if precision.blocks:
+        plans = _within_the_file(plans, modules, precision.dtype)
+    in_blocks = [
+        (plan.parameter.path, _module_of(plan.blocks, modules[plan.parameter.path], precision))
+        for plan in plans
+        if plan.blocks is not None
+    ]
+    model.update_modules(tree_unflatten(in_blocks))
+    packed = {
+        plan.parameter.path: {"group_size": GROUP_SIZE, **asdict(plan.packing)}
+        for plan in plans
+        if plan.packing
+    }
+    if packed:
+        quantize(model, class_predicate=lambda path, _: packed.get(path, False))
+    casts = getattr(model, "cast_predicate", lambda name: True)  # mlx-lm's, of its conversion
+    model.load_weights(list(arrays_of(plans, precision.dtype, casts)), strict=False)
 
 
 def _merged(parameter: Parameter, tensor: GGUFTensor, one: Matrices) -> GGUFTensor:

@@ -39,6 +39,8 @@ from modelpack_engine.models.gguf_tensors import (
 # From the stem of a tensor's name to the path of its module: a string, or targets for tensors that
 # do not become a parameter as they are.
 Names = Mapping[str, str | Target | tuple[Target, ...]]
+#: The path of the module and the name of the parameter for each target of a tensor.
+Targets = list[tuple[str, str, Target]]
 
 
 def _parameter(path: str) -> Target:
@@ -86,6 +88,15 @@ _OUTER: Names = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
+}
+# What a layer for multi-token prediction has around its block, as modules of `models.mtp.MtpHead`.
+_NEXTN: Names = {
+    "nextn.enorm": "embedding_norm",
+    "nextn.hnorm": "state_norm",
+    "nextn.eh_proj": "projection",
+    "nextn.shared_head_norm": "norm",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.shared_head_head": "head",
 }
 _NORM: Names = {"attn_norm": "input_layernorm"}
 _QKV: Names = {
@@ -178,7 +189,8 @@ class Architecture:
     this order: the class rotates pairs, as it can, and not halves of a head.
     Tensors for which `is_unused` is true are left out. `empty_layers` returns those without any.
     Without `attends`, no layer has heads. `scalars` returns parameters that a file has as metadata:
-    for a path inside of a layer, a number for each layer.
+    for a path inside of a layer, a number for each layer. `predicting` has the names inside a layer
+    for multi-token prediction where they are not those of `layer`.
     """
 
     model_type: str
@@ -193,6 +205,7 @@ class Architecture:
     empty_layers: Callable[[Hyperparameters], set[int]] = lambda values: set()
     attends: bool = True
     scalars: Callable[[Hyperparameters], Mapping[str, list[float]]] = lambda values: {}
+    predicting: Names | None = None
 
     def config(self, values: Hyperparameters) -> Config:
         """Return the config for mlx-lm's class. Raises `ModelLoadError`, naming a missing value."""
@@ -242,28 +255,35 @@ class Architecture:
         elif rotated not in (0, values.head_dim):
             raise values.unsupported("rope on a part of each head")
 
-    def targets(self, tensor: str) -> list[tuple[str, str, Target]]:
+    def targets(self, tensor: str) -> Targets:
         """Return the module's path and the parameter's name for each target of a tensor.
 
         There are none for an unknown tensor.
         """
-        stem, _, parameter = tensor.rpartition(".")
-        if parameter not in ("weight", "bias"):
-            stem, parameter = tensor, ""
-        prefix, names = "", self.outer
-        parts = stem.split(".", 2)
+        parts = tensor.split(".", 2)
         if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal():
-            stem, names = parts[2], self.layer
-            prefix = f"{self.layers}.{parts[1]}."
-        found = names.get(f"{stem}.{parameter}", names.get(stem, ()))
-        if isinstance(found, str):
-            found = Target(found)
-        targets = found if isinstance(found, tuple) else (found,)
-        return [
-            (*target.resolved(prefix, parameter), target)
-            for target in targets
-            if parameter or target.is_parameter
-        ]
+            return _targets(self.layer, parts[2], f"{self.layers}.{parts[1]}.")
+        return _targets(self.outer, tensor, "")
+
+    def predicting_targets(self, tensor: str) -> Targets:
+        """Return the targets in `models.mtp.MtpHead` of a tensor of a layer that it drafts with."""
+        name = tensor.split(".", 2)[2]
+        return _targets(_NEXTN, name, "") or _targets(self.predicting or self.layer, name, "block.")
+
+
+def _targets(names: Names, tensor: str, prefix: str) -> Targets:
+    stem, _, parameter = tensor.rpartition(".")
+    if parameter not in ("weight", "bias"):
+        stem, parameter = tensor, ""
+    found = names.get(f"{stem}.{parameter}", names.get(stem, ()))
+    if isinstance(found, str):
+        found = Target(found)
+    targets = found if isinstance(found, tuple) else (found,)
+    return [
+        (*target.resolved(prefix, parameter), target)
+        for target in targets
+        if parameter or target.is_parameter
+    ]
 
 
 def _llama(values: Hyperparameters, config: Config) -> None:
@@ -1193,6 +1213,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         outer=recurrent.BACKBONE,
         layers="backbone.layers",
         partial_rope=True,
+        predicting=recurrent.NEMOTRON_H_PREDICTING,
     ),
     "granitehybrid": Architecture(
         "granitemoehybrid",

@@ -88,26 +88,40 @@ LFM2_MOE: Names = {
     "ffn_down_exps": "feed_forward.switch_mlp.down_proj",
     "exp_probs_b": Target("feed_forward.expert_bias", is_parameter=True),
 }
+
+
+def _nemotron_attention(module: str) -> Names:
+    parts = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "output": "o_proj"}
+    return {f"attn_{part}": f"{module}.{name}" for part, name in parts.items()}
+
+
+def _nemotron_experts(module: str) -> Names:
+    return {
+        "ffn_gate_inp": f"{module}.gate",
+        "exp_probs_b": Target(f"{module}.gate.e_score_correction_bias", is_parameter=True),
+        "ffn_up_exps": f"{module}.switch_mlp.fc1",
+        "ffn_down_exps": f"{module}.switch_mlp.fc2",
+        "ffn_up_shexp": f"{module}.shared_experts.up_proj",
+        "ffn_down_shexp": f"{module}.shared_experts.down_proj",
+        "ffn_latent_down": f"{module}.fc1_latent_proj",
+        "ffn_latent_up": f"{module}.fc2_latent_proj",
+    }
+
+
 NEMOTRON_H: Names = {
     "attn_norm": "norm",
-    "attn_q": "mixer.q_proj",
-    "attn_k": "mixer.k_proj",
-    "attn_v": "mixer.v_proj",
-    "attn_output": "mixer.o_proj",
+    **_nemotron_attention("mixer"),
     "ffn_up": "mixer.up_proj",
     "ffn_down": "mixer.down_proj",
     **_mamba2("mixer"),
 }
-NEMOTRON_H_MOE: Names = {
-    **NEMOTRON_H,
-    "ffn_gate_inp": "mixer.gate",
-    "exp_probs_b": Target("mixer.gate.e_score_correction_bias", is_parameter=True),
-    "ffn_up_exps": "mixer.switch_mlp.fc1",
-    "ffn_down_exps": "mixer.switch_mlp.fc2",
-    "ffn_up_shexp": "mixer.shared_experts.up_proj",
-    "ffn_down_shexp": "mixer.shared_experts.down_proj",
-    "ffn_latent_down": "mixer.fc1_latent_proj",
-    "ffn_latent_up": "mixer.fc2_latent_proj",
+NEMOTRON_H_MOE: Names = {**NEMOTRON_H, **_nemotron_experts("mixer")}
+# For multi-token prediction, a layer of attention and one of experts are written as one.
+NEMOTRON_H_PREDICTING: Names = {
+    "attn_norm": "input_layernorm",
+    **_nemotron_attention("self_attn"),
+    "post_attention_norm": "post_attention_layernorm",
+    **_nemotron_experts("mlp"),
 }
 FINAL_NORM_OUTER: Names = {
     "token_embd": "model.embed_tokens",

@@ -95,6 +95,7 @@ class LoadedModel:
     what differs from the files. All weights are in memory, in `weight_bytes` bytes: in `packed` if
     the library for CPUs runs the model, whose `model` then has only shapes; otherwise in `model`.
     `vision` reads pictures, if the model can; `no_vision` says why it cannot, if its files should.
+    `precision` is that of a GGUF model in MLX.
     """
 
     model: Module
@@ -107,6 +108,7 @@ class LoadedModel:
     packed: PackedWeights | None = None
     vision: Vision | None = None
     no_vision: str = ""
+    precision: Precision | None = None
 
 
 def load(
@@ -235,7 +237,7 @@ def _load_gguf(
     except ModelpackError as error:
         no_vision = _projector_reason(error, files)
     packed = packed and projector is None
-    weights = None
+    weights = precision = None
     if packed and (model := loader.skeleton()) is not None:
         weights = loader.packed(model, adapter)
     else:
@@ -248,7 +250,8 @@ def _load_gguf(
             # mlx-lm divides layers of MLX only.
             kept = KEPT_ON_CUDA if launch.backend() == "cuda" else KEPT
             blocks = kept if device != "cpu" and shard is None else ()
-        model = loader.load(Precision(dtype, dense, requantize, blocks))
+        precision = Precision(dtype, dense, requantize, blocks)
+        model = loader.load(precision)
         if adapter is not None:
             merge(model, read_layers(adapter, model, loader.config, dtype=mx.float32))
     limits = check_fields(loader.config, type(model))
@@ -258,6 +261,7 @@ def _load_gguf(
     loaded = _loaded(
         model, loader.config, lambda: tokenizer, loader.name, context, notes, shard, weights
     )
+    loaded = replace(loaded, precision=precision)
     if projector is None:
         return _text_only(loaded, no_vision) if no_vision else loaded
     assert dtype is not None, "of a model that is not packed"

@@ -2,8 +2,8 @@
 
 Some models are trained with a further layer that predicts one more token, from the state after the
 model's last layer and the embedding of the next token. mlx-lm's classes drop its weights;
-`load_mtp_head` reads them from the model's files, by the names in `LAYOUTS`. `speculation.eagle`
-drafts with it as with an EAGLE-3 head.
+`load_mtp_head` reads them from the model's files: safetensors by the names in `LAYOUTS`, GGUF by
+those of `gguf_architectures`. `speculation.eagle` drafts with it as with an EAGLE-3 head.
 
 Sources: DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 2.2; Xiaomi, MiMo, arXiv:2505.07608.
 As in SGLang and vLLM, MiMo's layer reads the model's state before the last norm, the others the
@@ -25,6 +25,8 @@ from mlx.utils import tree_flatten
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.eagle import load_tensors, tensor_shapes
 from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.gguf import GGUFLoader
+from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.loader import LoadedModel
 from modelpack_engine.models.mtp_attention import attention_of
 from modelpack_engine.models.precision import Shape, evaluate, parameters_of, shapes_of
@@ -197,12 +199,16 @@ class MtpHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
         """Return the token ids of columns of the logits."""
         return drafted.astype(mx.int32)
 
+    def cast_predicate(self, name: str) -> bool:
+        """Return whether a parameter has the model's type: all but what chooses the experts."""
+        return not name.endswith("e_score_correction_bias")
+
     def set_dtype(self, dtype: mx.Dtype, *args: Any) -> None:
         """Set the type of all floats but the biases of the router, which choose the experts."""
         biases = [
             (name, array)
             for name, array in parameters_of(self).items()
-            if name.endswith("e_score_correction_bias")
+            if not self.cast_predicate(name)
         ]
         super().set_dtype(dtype, *args)
         self.load_weights(biases, strict=False)
@@ -286,34 +292,35 @@ def load_mtp_head(files: ModelFiles, loaded: LoadedModel) -> MtpHead:
             f"{', '.join(sorted(LAYOUTS))}",
             hint=_HINT,
         )
-    if files.format != "safetensors" or loaded.packed is not None:
-        raise ModelLoadError(
-            f"{what}: needs safetensors and MLX, the model is {files.format}",
-            hint=_HINT + ", or --backend mlx with the published safetensors",
-        )
-    layout, stored = LAYOUTS[kind], tensor_shapes(files)
+    if loaded.packed is not None:
+        raise ModelLoadError(f"{what}: needs MLX", hint=_HINT + ", or --backend mlx")
+    layout = LAYOUTS[kind]
     _check_config(loaded.config, what)
-    text = TextModel.of(loaded.model)
-    prefix = layout.prefix.format(layers=len(text.layers))
+    source = None if files.format == "gguf" else _source(files, loaded, layout, what)
+    try:
+        head = MtpHead(loaded.model, layout)
+    except (AttributeError, TypeError, ValueError) as error:  # from mlx-lm's classes
+        raise ModelLoadError(f"{what}: the configuration describes no layer: {error}") from error
+    if source is not None:
+        source.load(head, loaded)
+    else:
+        assert loaded.precision is not None, "of a GGUF model in MLX"
+        loader = GGUFLoader(GGUFFile.open(files.weights))
+        loader.load_predicting_layer(head, loaded.precision)
+    evaluate(head)
+    return head
+
+
+def _source(files: ModelFiles, loaded: LoadedModel, layout: MtpLayout, what: str) -> _Source:
+    """Return the layer's tensors in safetensors."""
+    stored = tensor_shapes(files)
+    prefix = layout.prefix.format(layers=len(TextModel.of(loaded.model).layers))
     if not any(name.startswith(prefix) for name in stored):
         raise ModelLoadError(
             f"{what}: the files have no tensors {prefix}*",
             hint="use the published files: conversions by mlx-lm drop these tensors",
         )
-    try:
-        head = MtpHead(loaded.model, layout)
-    except (AttributeError, TypeError, ValueError) as error:  # from mlx-lm's classes
-        raise ModelLoadError(f"{what}: config.json describes no layer: {error}") from error
-    source = _Source(files, layout, prefix, stored)
-    source.quantise(head, loaded.config.get("quantization") or {})
-    head.load_weights(list(source.weights(head, loaded.model).items()))
-    for name, weight in source.own_vocabulary(text).items():
-        shape = tuple(weight.shape)
-        embeds = name == "embed_tokens"
-        head[name] = nn.Embedding(*shape) if embeds else nn.Linear(*shape[::-1], bias=False)
-        head[name].weight = weight
-    evaluate(head)
-    return head
+    return _Source(files, layout, prefix, stored)
 
 
 def _check_config(config: Mapping[str, Any], what: str) -> None:
@@ -347,6 +354,16 @@ class _Source:
     layout: MtpLayout
     prefix: str
     stored: Mapping[str, Shape]
+
+    def load(self, head: MtpHead, loaded: LoadedModel) -> None:
+        """Load the layer into `head`, with embeddings and an output layer of its own."""
+        self.quantise(head, loaded.config.get("quantization") or {})
+        head.load_weights(list(self.weights(head, loaded.model).items()))
+        for name, weight in self.own_vocabulary(TextModel.of(loaded.model)).items():
+            shape = tuple(weight.shape)
+            embeds = name == "embed_tokens"
+            head[name] = nn.Embedding(*shape) if embeds else nn.Linear(*shape[::-1], bias=False)
+            head[name].weight = weight
 
     def quantise(self, head: MtpHead, settings: Mapping[str, Any]) -> None:
         """Make the modules of `head` quantised that are stored so, as mlx-lm's config says."""

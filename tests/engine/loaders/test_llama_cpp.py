@@ -17,7 +17,7 @@ from tests.engine.loaders.corpus import PIECES, TEXTS
 from tests.engine.loaders.llama_cpp_peer import ask
 from tests.engine.loaders.test_architectures import distance
 from tests.engine.loaders.test_tokenizers import ANSWERS, BYTE_LEVEL, SIMPLIFIED, read
-from tests.engine.loaders.tiny_models import PROMPT, TINY_MODELS
+from tests.engine.loaders.tiny_models import PREDICTING, PROMPT, TINY_MODELS
 from tests.engine.loaders.vocabularies import Vocabulary, golden, write_vocabulary
 
 pytestmark = pytest.mark.peer("llama-cpp-python")
@@ -58,6 +58,14 @@ def test_recorded_logits(tmp_path: Path) -> None:
     tasks = [{"task": "logits", "model": str(f), "prompts": [PROMPT]} for f in files.values()]
     for name, answer in zip(files, ask(tasks, tmp_path), strict=True):
         assert distance(np.array(answer["logits"][0]), golden("logits")[name]) < 1e-6
+
+
+@pytest.mark.long
+def test_recorded_predictions(tmp_path: Path) -> None:
+    files = [TINY_MODELS[name].write_predicting(tmp_path / f"{name}.gguf") for name in PREDICTING]
+    tasks = [{"task": "predict", "model": str(file), "prompt": PROMPT} for file in files]
+    for name, answer in zip(PREDICTING, ask(tasks, tmp_path), strict=True):
+        assert distance(np.array(answer["logits"]), golden("predictions")[name]) < 1e-6
 
 
 @pytest.mark.long

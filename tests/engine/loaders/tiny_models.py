@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from modelpack_engine.models.mtp import LAYOUTS, MtpHead
 from modelpack_engine.patches.corrections import correct
 from tests.engine.loaders import tiny_hybrids as hybrids
 from tests.engine.loaders.vocabularies import Vocabulary, finish
@@ -679,6 +680,31 @@ _MIXTRAL = {
 _GRANITE_MOE = {"block_sparse_moe.switch_mlp": "mlp.experts"}
 
 
+# The names of what `MtpHead` has around its block.
+_NEXTN = {
+    "embedding_norm": "enorm",
+    "state_norm": "hnorm",
+    "projection": "eh_proj",
+    "norm": "shared_head_norm",
+    "embed_tokens": "embed_tokens",
+    "head": "shared_head_head",
+}
+
+
+def _count_predicting(writer: gguf.GGUFWriter, arch: str) -> None:
+    """Count one more layer, which predicts, in the keys that count layers or have a value of each.
+
+    It has attention and a feed-forward, and no recurrent layer.
+    """
+    values = writer.kv_data[0]
+    values[f"{arch}.block_count"].value += 1
+    for key in ("attention.head_count_kv", "feed_forward_length", "attention.recurrent_layers"):
+        found = values.get(f"{arch}.{key}")
+        if found is not None and isinstance(found.value, list):
+            found.value.append(False if found.value[0] is True else max(found.value))
+    writer.add_nextn_predict_layers(1)
+
+
 @dataclass(frozen=True)
 class TinyModel:
     """A tiny model: its `arch` in GGUF, its config for mlx-lm, and how it is converted."""
@@ -716,29 +742,76 @@ class TinyModel:
             made[name] = values.astype(np.float32)
         return made
 
-    def write(self, path: Path, quantize: Callable[[str, np.ndarray], Any] | None = None) -> Path:
-        """Write the GGUF file; `quantize(name, values)` may return (bytes, type) for a tensor."""
-        model = self.build()
-        weights = self.converted(
-            self.config, {n: np.array(v) for n, v in tree_flatten(model.parameters())}
-        )
+    def write(
+        self,
+        path: Path,
+        quantize: Callable[[str, np.ndarray], Any] | None = None,
+        predicting: Weights | None = None,
+    ) -> Path:
+        """Write the GGUF file; `quantize(name, values)` may return (bytes, type) for a tensor.
+
+        `predicting` are the weights of an `MtpHead`, which are written as its layer.
+        """
+        weights = {n: np.array(v) for n, v in tree_flatten(self.build().parameters())}
         writer = gguf.GGUFWriter(path, self.arch)
         _keys(writer, self.config)
         self.keys(writer, self.config)
         Vocabulary.read(VOCABULARY).add_to(writer, pre="gpt-2", special=("bos", "eos"))
-        arch = next(at for at, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
-        names = gguf.get_tensor_name_map(arch, self.config["num_hidden_layers"])
-        for name, values in weights.items():
-            new = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
-            assert new is not None, name
-            packed = quantize(new, values) if quantize and values.ndim > 1 else None
+        tensors = self._tensors(weights)
+        if predicting is not None:
+            _count_predicting(writer, self.arch)
+            tensors |= self._predicting(predicting, weights)
+        for name, values in tensors.items():
+            packed = quantize(name, values) if quantize and values.ndim > 1 else None
             if packed is None:
-                writer.add_tensor(new, values)
+                writer.add_tensor(name, values)
             else:
                 raw, kind = packed
-                writer.add_tensor(new, raw, raw_shape=raw.shape, raw_dtype=kind)
+                writer.add_tensor(name, raw, raw_shape=raw.shape, raw_dtype=kind)
         finish(writer)
         return path
+
+    def head(self) -> Weights:
+        """Return random weights of a layer for multi-token prediction, by names of `MtpHead`."""
+        model = self.build()
+        return self.weights(MtpHead(model, LAYOUTS[self.config["model_type"]]))
+
+    def write_predicting(self, path: Path) -> Path:
+        """Write the model with a layer for multi-token prediction."""
+        return self.write(path, predicting=self.head())
+
+    def _tensors(self, weights: Weights) -> Weights:
+        """Return weights as llama.cpp converts and names them."""
+        arch = next(at for at, name in gguf.MODEL_ARCH_NAMES.items() if name == self.arch)
+        names = gguf.get_tensor_name_map(arch, self.config["num_hidden_layers"])
+        tensors = {}
+        for name, values in self.converted(self.config, weights).items():
+            new = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
+            assert new is not None, name
+            tensors[new] = values
+        return tensors
+
+    def _predicting(self, head: Weights, weights: Weights) -> Weights:
+        """Return the tensors of a layer for multi-token prediction after the model's `weights`.
+
+        As llama.cpp's conversion of GLM, DeepSeek, Qwen and Nemotron: a block, and `nextn.*`.
+        """
+        start = f"blk.{self.config['num_hidden_layers']}."
+        first = next(name for name in weights if ".layers.0." in name).partition(".0.")[0]
+        block, tensors = {}, {}
+        for name, values in head.items():
+            module, _, parameter = name.rpartition(".")
+            if module in _NEXTN:
+                tensors[f"{start}nextn.{_NEXTN[module]}.{parameter}"] = values
+            elif self.arch == "nemotron_h_moe" and module == "block.post_attention_layernorm":
+                tensors[f"{start}post_attention_norm.weight"] = values
+            else:
+                if self.arch == "nemotron_h_moe":
+                    name = name.replace("self_attn", "mixer").replace("mlp", "mixer", 1)
+                    name = name.replace("input_layernorm", "norm")
+                block[name.replace("block", f"{first}.0", 1)] = values
+        made = self._tensors(block)
+        return tensors | {name.replace("blk.0.", start): value for name, value in made.items()}
 
     def logits(self, model: Any) -> np.ndarray:
         """Return the logits of all positions of `PROMPT`.
@@ -1601,3 +1674,8 @@ TINY_MODELS: dict[str, TinyModel] = {
         hybrids.qwen35,
     ),
 }
+
+#: Models whose layer for multi-token prediction llama.cpp writes, and `models.mtp` reads.
+PREDICTING = (
+    "glm4moe", "deepseek-v3", "glm4-moe-lite", "qwen3next", "qwen35", "qwen35moe", "nemotron_h_moe",
+)  # fmt: skip

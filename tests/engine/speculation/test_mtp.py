@@ -365,8 +365,8 @@ def published(arrays: Mapping[str, mx.array], kind: str) -> Arrays:
     return found
 
 
-def prefix_of(kind: str) -> str:
-    return LAYOUTS[kind].prefix.format(layers=4)
+def prefix_of(kind: str, layers: int = 4) -> str:
+    return LAYOUTS[kind].prefix.format(layers=layers)
 
 
 def layer_tensors(head: MtpHead, kind: str) -> Arrays:
@@ -378,12 +378,12 @@ def layer_tensors(head: MtpHead, kind: str) -> Arrays:
     return found
 
 
-def layer_name(kind: str, name: str) -> str:
+def layer_name(kind: str, name: str, layers: int = 4) -> str:
     """Return the published name of a tensor of the head."""
     for module, path in LAYOUTS[kind].names.items():
         if name.startswith(f"{module}."):
             rest = name.removeprefix(f"{module}.")
-            return prefix_of(kind) + (f"{path}.{rest}" if path else rest)
+            return prefix_of(kind, layers) + (f"{path}.{rest}" if path else rest)
     raise AssertionError(name)
 
 
@@ -625,7 +625,7 @@ def test_configurations_without_what_the_layer_needs(
     found = replace(found, args={**found.args, **fields})
     files = write(tmp_path, kind, {f"{prefix_of(kind)}0.enorm.weight": mx.zeros((64,))})
     loaded = replace(load(files, device="cpu"), model=found.build())
-    with pytest.raises(ModelLoadError, match=r"config\.json describes no layer: .+"):
+    with pytest.raises(ModelLoadError, match=r"the configuration describes no layer: .+"):
         load_mtp_head(files, loaded)
 
 

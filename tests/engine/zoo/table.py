@@ -78,6 +78,7 @@ The columns mean the following; numbers refer to the [reasons](#reasons):
   restart.
 - **speculation**: [prompt lookup, draft models, EAGLE-3 heads](speculative-decoding.md); "mtp" if a
   layer for [multi-token prediction](speculative-decoding.md#multi-token-prediction) drafts too,
+  which is read from safetensors, and from GGUF where that page names an architecture,
   "drafter" if there are [drafters](speculative-decoding.md#gemma-4s-drafters) of its own.
 - **adapters**: requests of one batch may have different [LoRA adapters](adapters.md).
 

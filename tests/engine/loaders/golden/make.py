@@ -1,6 +1,8 @@
 """Write the golden files of this directory: small vocabularies, and llama.cpp's results.
 
-    MODELPACK_LLAMA_CPP_PYTHON=… python -m tests.engine.loaders.golden.make [tokens] [logits]
+    MODELPACK_LLAMA_CPP_PYTHON=… python -m tests.engine.loaders.golden.make [PART]…
+
+PART is `vocabularies`, `tokens`, `logits` or `predictions`; without, tokens and logits are written.
 
 The vocabularies are trained on the corpus and on the license, with `vocabularies` as argument. They
 are made only once, because another version of the trainer may choose other merges.
@@ -19,7 +21,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from modelpack.testing.weights import smollm2_gguf
 from tests.engine.loaders.corpus import PROMPTS, TEXTS
 from tests.engine.loaders.llama_cpp_peer import ask
-from tests.engine.loaders.tiny_models import PROMPT, TINY_MODELS
+from tests.engine.loaders.tiny_models import PREDICTING, PROMPT, TINY_MODELS
 from tests.engine.loaders.vocabularies import (
     BYTE,
     CONTROL,
@@ -154,6 +156,13 @@ def make_logits(work: Path) -> None:
     write("smollm2", {"prompts": tokens[0]["ids"], **smollm2})
 
 
+def make_predictions(work: Path) -> None:
+    paths = [TINY_MODELS[name].write_predicting(work / f"{name}.gguf") for name in PREDICTING]
+    tasks = [{"task": "predict", "model": str(path), "prompt": PROMPT} for path in paths]
+    answers = ask(tasks, work)
+    write("predictions", {n: a["logits"] for n, a in zip(PREDICTING, answers, strict=True)})
+
+
 def main(wanted: set[str]) -> None:
     if "vocabularies" in wanted:
         write("bpe", make_bpe(430))
@@ -164,6 +173,8 @@ def main(wanted: set[str]) -> None:
             make_tokens(Path(work))
         if "logits" in wanted:
             make_logits(Path(work))
+        if "predictions" in wanted:
+            make_predictions(Path(work))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,47 @@ def logits(model: str, prompts: list[list[int]], every: int = 1, greedy: int = 0
     return answer
 
 
+def predict(model: str, prompt: list[int]) -> dict[str, Any]:
+    """Return the logits of the layer for multi-token prediction after a prompt.
+
+    It reads the state of each token beside the next token.
+    """
+    from llama_cpp import llama_cpp_ext
+
+    loading = llama_cpp.llama_model_default_params()
+    loading.load_mtp = True
+    loaded = llama_cpp.llama_model_load_from_file(model.encode(), loading)
+    width = llama_cpp.llama_model_n_embd(loaded)
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = 64
+    params.n_threads = params.n_threads_batch = 1
+    params.type_k = params.type_v = F32
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+
+    def decode(context: Any, tokens: list[int], states: Any = None) -> None:
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for at, token in enumerate(tokens):
+            batch.token[at], batch.pos[at] = token, at
+            batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = 1, 0, 1
+        if states is not None:
+            batch.embd = states.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        code = llama_cpp.llama_decode(context, batch)
+        assert code == 0, f"llama_decode returned {code}"
+
+    target = llama_cpp.llama_init_from_model(loaded, params)
+    llama_cpp_ext.llama_set_embeddings_nextn(target, True, False)
+    decode(target, prompt)
+    found = llama_cpp_ext.llama_get_embeddings_nextn(target)
+    states = np.ctypeslib.as_array(found, (len(prompt), width))[:-1].copy()
+    params.ctx_type, params.ctx_other = llama_cpp.LLAMA_CONTEXT_TYPE_MTP, target
+    drafter = llama_cpp.llama_init_from_model(loaded, params)
+    decode(drafter, prompt[1:], states)
+    count = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(loaded))
+    rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(drafter), (len(states), count))
+    return {"logits": [round(float(value), 5) for value in rows[-1]]}
+
+
 def embed(model: str, texts: list[str]) -> dict[str, Any]:
     """Return the vector of each text, of length 1, pooled as the file says."""
     llama = llama_cpp.Llama(
@@ -137,7 +178,7 @@ def dequantize(source: str, target: str, type: int, count: int) -> dict[str, Any
     return {"type": traits.type_name.decode()}
 
 
-TASKS = {task.__name__: task for task in (tokenize, logits, embed, quantize, dequantize)}
+TASKS = {task.__name__: task for task in (tokenize, logits, predict, embed, quantize, dequantize)}
 
 
 def main() -> None:
