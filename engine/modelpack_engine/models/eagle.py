@@ -178,8 +178,12 @@ class _Layer(nn.Module):  # type: ignore[misc]  # MLX has no types here
 class EagleHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
     """The network of a head; its parameters are named as in published files.
 
-    `d2t` has, for each token of the draft vocabulary, the distance to its id in the model's.
+    `d2t` has, for each token of the draft vocabulary, the distance to its id in the model's. Its
+    attention has neither a window nor sinks, as that of some `MtpHead` does.
     """
+
+    window: int | None = None
+    sinks: mx.array | None = None
 
     def __init__(self, config: HeadConfig, *, own_embeddings: bool = False) -> None:
         super().__init__()

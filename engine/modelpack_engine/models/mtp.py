@@ -6,8 +6,8 @@ model's last layer and the embedding of the next token. mlx-lm's classes drop it
 those of `gguf_architectures`. `speculation.eagle` drafts with it as with an EAGLE-3 head.
 
 Sources: DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 2.2; Xiaomi, MiMo, arXiv:2505.07608.
-As in SGLang and vLLM, MiMo's layer reads the model's state before the last norm, the others the
-state after it. For further tokens, the layer's own state after its norm stands for the model's.
+As in SGLang and llama.cpp, MiMo's layers read the model's state before the last norm, the others
+the state after it. For further tokens, the layer's own state after its norm stands for the model's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MtpLayout:
 
     `prefix` is that of all tensors; `{layers}` stands for the number of the model's layers. `names`
     has the published names of the head's modules. `block` makes the block from the model's layers
-    and its arguments.
+    and its arguments. `window` returns how many tokens its attention sees, by default all.
     """
 
     prefix: str
@@ -51,6 +51,7 @@ class MtpLayout:
     block: Callable[[list[Any], Any], nn.Module]
     reads_normed_state: bool = True
     state_first: bool = False
+    window: Callable[[Any], int | None] = lambda args: None
 
 
 def _block_at(index: Callable[[Any], int] | None, layers: list[Any], args: Any) -> nn.Module:
@@ -59,6 +60,14 @@ def _block_at(index: Callable[[Any], int] | None, layers: list[Any], args: Any) 
     if like is None:
         raise ValueError("no layer of the model has attention")
     block = type(like)(args) if index is None else type(like)(args, index(args))
+    block.self_attn.rope = copy.copy(like.self_attn.rope)
+    return block
+
+
+def _sliding_block(layers: list[Any], args: Any) -> nn.Module:
+    """Return MiMo V2's block: attention of a sliding window, and no experts."""
+    like = next(layer for layer in layers if layer.is_sliding_window)
+    block = type(like)(args, is_moe=False, is_sliding_window=True)
     block.self_attn.rope = copy.copy(like.self_attn.rope)
     return block
 
@@ -111,6 +120,20 @@ _MIMO = MtpLayout(
     reads_normed_state=False,
     state_first=True,
 )
+_MIMO_V2 = MtpLayout(
+    "model.mtp.layers.0.",
+    {
+        "embedding_norm": "enorm",
+        "state_norm": "hnorm",
+        "projection": "eh_proj",
+        "block.post_attention_layernorm": "pre_mlp_layernorm",
+        "block": "",
+        "norm": "final_layernorm",
+    },
+    _sliding_block,
+    reads_normed_state=False,
+    window=lambda args: int(args.sliding_window_size),
+)
 _NEMOTRON = MtpLayout(
     "mtp.layers.",
     {
@@ -132,6 +155,7 @@ LAYOUTS: Mapping[str, MtpLayout] = {
     "glm4_moe": _NEXTN,
     "glm4_moe_lite": _NEXTN,
     "mimo": _MIMO,
+    "mimo_v2_flash": _MIMO_V2,
     "nemotron_h": _NEMOTRON,
     "qwen3_5": _QWEN,
     "qwen3_5_moe": _QWEN,
@@ -158,6 +182,8 @@ class MtpHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
         self._attention = attention_of(self.block.self_attn)
         #: The columns of the logits.
         self.num_logits = int(text.args.vocab_size)
+        #: The tokens that the attention sees; None for all.
+        self.window = layout.window(text.args)
         self._state_first = layout.state_first
         # Copies, with the same weights: the runner replaces the calls of the model's own modules.
         # Methods of copies: modules would be parts of this one.
@@ -238,6 +264,12 @@ class MtpHead(nn.Module):  # type: ignore[misc]  # MLX has no types here
     def scale(self) -> float:
         """The factor of the attention's scores."""
         return float(self.block.self_attn.scale)
+
+    @property
+    def sinks(self) -> mx.array | None:
+        """The attention's sinks [heads], which are added to the denominator of the softmax."""
+        sinks: mx.array | None = getattr(self.block.self_attn, "attention_sink_bias", None)
+        return sinks
 
     @property
     def weight_bytes(self) -> int:

@@ -55,7 +55,9 @@ class _Heads:
         self._module = module
         self._num_heads = _number(module, "n_heads", "num_attention_heads", "num_heads")
         self.num_kv_heads = _number(module, "n_kv_heads", "num_key_value_heads")
-        self.key_dim = self.value_dim = _width(module.k_proj) // self.num_kv_heads
+        self.key_dim = _width(module.k_proj) // self.num_kv_heads
+        self.value_dim = _width(module.v_proj) // self.num_kv_heads
+        self._value_scale: float | None = getattr(module, "value_scale", None)  # MiMo V2's
         self._gated = _width(module.q_proj) == 2 * self._num_heads * self.key_dim
 
     def project(self, x: mx.array, positions: mx.array) -> Projected:
@@ -68,6 +70,8 @@ class _Heads:
             linear(x).reshape(len(x), self.num_kv_heads, -1)
             for linear in (module.k_proj, module.v_proj)
         )
+        if self._value_scale is not None:
+            values = values * self._value_scale
         if "q_norm" in module:
             queries, keys = module.q_norm(queries), module.k_norm(keys)
         if "rope" in module:

@@ -292,7 +292,8 @@ class HeadRunner:
                 carried, queries = layer.write(hidden, found, positions, slots, pools)
             attended = decode_attention(
                 queries, pools.keys, pools.values, tables, lengths, scale=self._head.scale,
-                num_kv_heads=self._layout.key_heads, block_size=_BLOCK,
+                num_kv_heads=self._layout.key_heads, block_size=_BLOCK, window=self._head.window,
+                sinks=self._head.sinks,
             )  # fmt: skip
             hidden, logits = layer.finish(carried, attended.reshape(shape.sequences, -1))
             found = pick(logits, found, tokens)

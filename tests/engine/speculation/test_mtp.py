@@ -45,7 +45,9 @@ from tests.engine.zoo.experts import ROUTED
 pytestmark = pytest.mark.long
 
 Arrays = dict[str, mx.array]
-OTHERS = ["glm4_moe", "glm4_moe_lite", "mimo", "nemotron_h", "qwen3_5", "qwen3_5_moe"]
+OTHERS = [
+    "glm4_moe", "glm4_moe_lite", "mimo", "mimo_v2_flash", "nemotron_h", "qwen3_5", "qwen3_5_moe",
+]  # fmt: skip
 #: One latent, one hybrid; the others take longer than tests of every change may.
 KINDS = ["deepseek_v3", "qwen3_next", *(pytest.param(k, marks=pytest.mark.long) for k in OTHERS)]
 
@@ -56,11 +58,18 @@ NEMOTRON = {
 }  # fmt: skip
 
 
+#: Fields of a kind of model that the zoo's has not, or has otherwise.
+FIELDS: dict[str, dict[str, Any]] = {
+    "nemotron_h": NEMOTRON,
+    "mimo_v2_flash": {"attention_value_scale": 0.7},
+}
+
+
 def configuration(kind: str, *, tied: bool = False) -> Configuration:
     """Return the zoo's configuration of a kind of model, with this file's vocabulary."""
     found = next((c for c in CATALOGUE if c.architecture == kind), Configuration(kind))
     args = {**found.args, "vocab_size": VOCAB, "tie_word_embeddings": tied}
-    return replace(found, args=args | (NEMOTRON if kind == "nemotron_h" else {}))
+    return replace(found, args=args | FIELDS.get(kind, {}))
 
 
 def target(kind: str, *, tied: bool = False, markov: bool = False) -> Any:
@@ -146,20 +155,19 @@ def expected_drafts(model: Any, kind: str, head: MtpHead, tokens: list[int]) -> 
     """
     text = TextModel.of(model)
     assert text.head is not None
-    if kind == "mimo":
-        states = text.embeddings(mx.array([tokens[:-1]]))
-        for layer in text.layers:
-            states = layer(states, "causal")
-    else:
-        inner = find_layout(model).inner
-        assert inner is not None
-        states = inner(mx.array([tokens[:-1]]))
+    inner: Any = find_layout(model).inner
+    norm = inner.norm if "mimo" in kind else None
+    if norm is not None:
+        inner.norm = nn.Identity()
+    states = inner(mx.array([tokens[:-1]]))
+    if norm is not None:
+        inner.norm = norm
     ids, drafted = tokens[1:], list[int]()
     for _ in range(3):
         both = [head.embedding_norm(text.embeddings(mx.array([ids])))]
         both.insert(0 if kind == "mimo" else 1, head.state_norm(states))
         joined = head.projection(mx.concatenate(both, axis=-1))
-        mask = create_attention_mask(joined, return_array=True)
+        mask = create_attention_mask(joined, window_size=head.window, return_array=True)
         after = head.norm(run_block(head, joined, mask))
         best: Any = mx.argmax(text.head(after)[0, -1]).item()
         drafted.append(best)
@@ -444,21 +452,31 @@ def test_a_vocabulary_of_the_layers_own(name: str, own: bool, tmp_path: Path) ->
         assert (mx.allclose(head.logits(states), states @ weight.T)).item() == (kept == "head")
 
 
-def test_a_layer_in_fp8(tmp_path: Path) -> None:
-    """DeepSeek publishes fp8 weights with a scale for each block of 128 x 128."""
-    model = target("deepseek_v3")
-    layer = layer_tensors(random_head(model, "deepseek_v3"), "deepseek_v3")
+@pytest.mark.parametrize("kind", ["deepseek_v3", "mimo_v2_flash"])
+def test_a_layer_in_fp8(kind: str, tmp_path: Path) -> None:
+    """Both are published as fp8 weights with a scale for each block of 128 x 128."""
+    model = target(kind)
+    layer = layer_tensors(random_head(model, kind), kind)
     scaled = [name for name, array in layer.items() if array.ndim == 2 and ".mlp." in name]
     scales = {f"{name}_scale_inv": mx.full((1, 1), 0.5) for name in scaled}
     codes = {name: mx.to_fp8(layer[name] * 2) for name in scaled}
-    files = write(tmp_path, "deepseek_v3", layer | codes | scales)
+    files = write(tmp_path, kind, layer | codes | scales)
     head = load_mtp_head(files, load(files, device="cpu"))
-    gate = layer[f"{prefix_of('deepseek_v3')}mlp.experts.1.gate_proj.weight"]
-    found = head.block.mlp.switch_mlp.gate_proj.weight[1].astype(mx.float32)
+    if kind == "deepseek_v3":
+        gate = layer[f"{prefix_of(kind)}mlp.experts.1.gate_proj.weight"]
+        found = head.block.mlp.switch_mlp.gate_proj.weight[1].astype(mx.float32)
+    else:
+        gate = layer[f"{prefix_of(kind)}mlp.gate_proj.weight"]
+        found = head.block.mlp.gate_proj.weight.astype(mx.float32)
     assert mx.allclose(found, gate, rtol=0.07, atol=1e-3).item()
     assert not mx.array_equal(found, gate).item()
-    short = {name: scale[:0] for name, scale in scales.items()}
-    files = write(tmp_path, "deepseek_v3", layer | codes | short)
+
+
+def test_scales_of_fp8_that_are_too_short(tmp_path: Path) -> None:
+    layer = layer_tensors(random_head(target("deepseek_v3"), "deepseek_v3"), "deepseek_v3")
+    name = f"{prefix_of('deepseek_v3')}mlp.experts.1.gate_proj.weight"
+    short = {name: mx.to_fp8(layer[name]), f"{name}_scale_inv": mx.zeros((0, 1))}
+    files = write(tmp_path, "deepseek_v3", layer | short)
     with pytest.raises(ModelLoadError, match=r"_scale_inv is \[0, 1\], expected \[1, 1\]"):
         load_mtp_head(files, load(files, device="cpu"))
 
@@ -546,6 +564,19 @@ def test_a_stored_model_drafts_with_its_own_layer(kind: str, tmp_path: Path) -> 
             "shared_head.head.weight",
             mx.zeros((5, 64)),
             r"shared_head.head.weight is \[5, 64\], expected \[257, 64\]",
+        ),
+        ("mimo_v2_flash", "", None, r"the files have no tensors model\.mtp\.layers\.0\."),
+        (
+            "mimo_v2_flash",
+            "pre_mlp_layernorm.weight",
+            None,
+            "no tensor model.mtp.layers.0.pre_mlp_layernorm.weight",
+        ),
+        (
+            "mimo_v2_flash",
+            "self_attn.attention_sink_bias",
+            mx.zeros((2,)),
+            r"attention_sink_bias is \[2\], expected \[4\]",
         ),
         ("nemotron_h", "1.final_layernorm.weight", None, "no tensor mtp.layers.1.final_layernorm"),
         ("nemotron_h", "1.mixer.experts.3.up_proj.weight", None, "no tensor mtp.layers.1.mixer.ex"),
