@@ -242,11 +242,22 @@ def _no(why: str, answer: str = "no") -> str:
     return f"{answer} [[{why}]]"
 
 
+#: Architectures whose published models may have a layer for multi-token prediction that
+#: `models.mtp` does not read. Sources: what mlx-lm's `sanitize` drops, transformers'
+#: `_keys_to_ignore_on_load_unexpected`, and the NEXTN tensors in gguf's constants.
+UNREAD = frozenset({
+    "bailing_hybrid", "bailing_moe", "bailing_moe_v3", "deepseek_v32", "ernie4_5_moe", "exaone_moe",
+    "glm_moe_dsa", "longcat_flash", "step3p5",
+})  # fmt: skip
+
+
 def _speculation(architecture: str, runner: ModelRunner) -> str:
     if not speculates(runner):
         return _no("the cache of the fallback tier cannot return to an earlier token")
     if architecture.startswith("gemma4"):
         return "yes, drafter"
+    if architecture in UNREAD:
+        return _no("the model's own layer for multi-token prediction is not read", "yes, no mtp")
     return "yes, mtp" if architecture in LAYOUTS else "yes"
 
 

@@ -10,6 +10,7 @@ import mlx_lm
 import mlx_lm.models
 
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES
+from modelpack_engine.models.mtp import LAYOUTS
 from tests.engine.zoo import table
 from tests.engine.zoo.catalogue import CATALOGUE
 from tests.engine.zoo.excluded import EXCLUDED, PARTS
@@ -43,6 +44,14 @@ def test_every_class_without_gguf_has_a_reason() -> None:
     for name in without - NAMED.keys() - OTHERWISE.keys() - DIFFERS.keys():
         similar = {name, name.replace("_", "-"), name.replace("_", "")}
         assert not similar & known, f"llama.cpp knows {name}"
+
+
+def test_layers_that_are_not_read_are_named() -> None:
+    known = {configuration.architecture for configuration in CATALOGUE}
+    assert known > table.UNREAD
+    assert not table.UNREAD & LAYOUTS.keys()
+    rows = [line for line in table.PATH.read_text().splitlines() if "| yes, no mtp (" in line]
+    assert {line.split()[1].rstrip(":") for line in rows} == table.UNREAD
 
 
 def test_every_no_has_a_reason() -> None:
