@@ -164,6 +164,7 @@ def test_pre_tokenizers_differ() -> None:
 #: The pre-tokenisers of published files of each architecture; "" is another kind of tokenizer.
 USUAL = {
     "afmoe": "afmoe",
+    "apertus": "tekken",
     "bailingmoe2": "bailingmoe2 sarvam-moe",
     "chatglm": "chatglm-bpe",
     "cohere2": "command-r tiny_aya",
@@ -212,8 +213,10 @@ USUAL = {
     "nemotron_h_moe": "pixtral",
     "olmo2": "dbrx",
     "olmoe": "olmo",
+    "openelm": "",
     "phi2": "phi-2",
     "phi3": "dbrx gpt-4o",
+    "qwen": "qwen2",
     "qwen2": "a.x-4.0 deepseek-r1-qwen kormo qwen2",
     "qwen2moe": "qwen2",
     "qwen2vl": "qwen2",

@@ -1209,5 +1209,8 @@ def test_second_questions(
     assert len(with_prompts) <= 6, "first questions wait for the encoder on the device"
     # Two shapes at most are recorded, which copies embeddings as each launch does.
     assert driver.num_copies > 2 if axes == 3 else driver.num_copies == 0
-    assert {layout.axes for layout in with_prompts} == ({axes} if axes else set())
+    found = {layout.axes for layout in with_prompts}
+    if scenario is questions_beside_text:  # the text before a picture, while the tower computes
+        found.discard(1)
+    assert found == ({axes} if axes else set())
     assert any(layout.decode for layout in with_prompts) == (scenario is questions_beside_text)
