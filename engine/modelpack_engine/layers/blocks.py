@@ -2,7 +2,7 @@
 
 A row of whole blocks is held as words: a plane of the codes' low bits, one of their high bits, the
 float16 factors of blocks, and the scales of groups in bytes, padded to 16 bytes. That takes at most
-4 % more than the file in rows of 2,048 weights or more.
+4 % more than the file in rows of 2,048 weights or more, and 6 % where halves have factors.
 `kernels/blocks.h` reads it; `models/gguf_planes.py` makes it.
 
 Few rows are multiplied by kernels that read these words; for many, a layer's weights, those of all
@@ -42,7 +42,7 @@ class BlockType:
     `scaled`, a scale is a superblock's factor times a byte. With `mins`, groups have offsets. With
     `exponents`, there are no factors: a scale is 2 to the power of its byte - 128.
 
-    `superblock` weights share the factors of a `scaled` type: 128 if halves were reordered.
+    `shared` weights have the same factors in a `scaled` type: 128 if halves were reordered.
     """
 
     name: str
@@ -54,17 +54,21 @@ class BlockType:
     zero: int
     table: tuple[int, ...] = ()
     exponents: bool = False
-    superblock: int = SUPERBLOCK
+    shared: int = SUPERBLOCK
 
     @property
     def block(self) -> int:
-        """The weights that have factors of their own."""
-        return self.superblock if self.scaled and not self.exponents else self.group
+        """The weights that share factors, or an exponent."""
+        return self.shared if self.scaled and not self.exponents else self.group
 
     @property
-    def unit(self) -> int:
-        """The weights of a block in the file, of which a row is a multiple."""
-        return SUPERBLOCK if self.scaled and not self.exponents else self.group
+    def least(self) -> int:
+        """The weights of which a row is a multiple: a block of the file, or a superblock.
+
+        MXFP4's blocks have 32 weights, but its rows are whole superblocks: experts of others, those
+        of gpt-oss, were not measured.
+        """
+        return SUPERBLOCK if self.scaled else self.group
 
     @property
     def factors(self) -> int:
@@ -79,7 +83,7 @@ class BlockType:
     @property
     def halved(self) -> BlockType:
         """The type with factors for each half of a superblock, so that halves can be reordered."""
-        return replace(self, superblock=SUPERBLOCK // 2) if self.block == SUPERBLOCK else self
+        return replace(self, shared=SUPERBLOCK // 2) if self.block == SUPERBLOCK else self
 
     def words(self, inputs: int) -> int:
         """Return the words of a row of so many weights."""
@@ -87,7 +91,7 @@ class BlockType:
 
     def inputs(self, words: int) -> int:
         """Return the weights of a row of so many words: the padding is less than a block."""
-        found = words * 4 // self._bytes(self.unit) * self.unit
+        found = words * 4 // self._bytes(self.least) * self.least
         assert self.words(found) == words, "a row has whole blocks"
         return found
 
@@ -494,8 +498,8 @@ def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> W
 
 
 def _inputs(kind: BlockType, most: int) -> int:
-    """Return how many weights a row of a test has: not whole superblocks, if the type has none."""
-    return most if kind.unit == SUPERBLOCK else most - 3 * kind.unit
+    """Return how many weights a row of a test has: no multiple of 256, if the type allows it."""
+    return most if kind.least == SUPERBLOCK else most - 3 * kind.least
 
 
 def _compare_values(dtype: mx.Dtype, kind: BlockType) -> str | None:

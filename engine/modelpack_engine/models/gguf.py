@@ -82,15 +82,19 @@ class TensorPlan:
 
     @property
     def decoded_bytes(self) -> int:
-        """The approximate memory for decoding the parameter.
+        """The approximate memory for decoding the parameter: by measurement of its peak.
 
-        The codes of blocks take a byte each, and three arrays of them exist at once.
+        Codes take a byte each while they move. Four arrays of them exist at once for blocks, two
+        for layouts of MLX, and one more if columns are reordered or tensors joined. Two arrays of
+        floats exist where tensors are joined as such.
         """
-        packed = self.packing and gguf_blocks.affine_bits(self.parameter.dtype) is not None
-        stored, elements = self.parameter.stored_bytes, self.parameter.elements
+        parameter = self.parameter
+        stored, elements = parameter.stored_bytes, parameter.elements
+        moves = parameter.columns is not None or len(parameter.sources) > 1
         if self.blocks:
-            return stored + 3 * elements
-        return stored * 3 // 2 if packed else elements * 4
+            return stored + (4 + moves) * elements
+        packed = self.packing and gguf_blocks.affine_bits(parameter.dtype) is not None
+        return (2 + moves) * elements if packed else (4 + 4 * moves) * elements
 
     def held_bytes(self, dtype: mx.Dtype) -> int:
         """The bytes of the parameter in memory, where floats and scales have a type."""

@@ -318,12 +318,7 @@ def _xielu(values: Hyperparameters) -> dict[str, list[float]]:
     """Return the parameters of xIELU, whose keys do not begin with the architecture."""
     found = {}
     for name in ("alpha_n", "alpha_p", "beta", "eps"):
-        numbers: list[float] = values.metadata.numbers(f"xielu.{name}").tolist()
-        if len(numbers) != values.layers:
-            raise values.metadata.error(
-                f"'xielu.{name}' has {len(numbers)} values for {values.layers} layers"
-            )
-        found[f"mlp.act_fn.{name}"] = numbers
+        found[f"mlp.act_fn.{name}"] = values.numbers_at(f"xielu.{name}")
     return found
 
 
@@ -488,7 +483,6 @@ def _openelm(values: Hyperparameters, config: Config) -> None:
 def _qwen(values: Hyperparameters, config: Config) -> None:
     if config["rope_theta"] != 10000:
         raise values.unsupported(f"a rope of base {config['rope_theta']:g}")
-    config["layer_norm_epsilon"] = config.pop("rms_norm_eps", None)
     config["layer_norm_epsilon"] = values.number("attention.layer_norm_rms_epsilon")
     config["kv_channels"] = config["head_dim"]
 

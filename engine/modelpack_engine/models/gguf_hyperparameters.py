@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
 
@@ -42,26 +44,35 @@ class Hyperparameters:
         key = self._key(name)
         if not self.metadata.is_array(key):
             return self.integer(name)
-        return max((int(number) for number in self.metadata.numbers(key).tolist()), default=0)
+        return max(self._whole(key), default=0)
 
     def each_layer(self, name: str) -> list[int]:
         """Return a whole number for each layer. Raises `ModelLoadError` if there are too few."""
         key = self._key(name)
         if not self.metadata.is_array(key):
             return [self.integer(name)] * self.layers
-        found = [int(number) for number in self.metadata.numbers(key).tolist()]
+        found = self._whole(key)
         if len(found) < self.layers:
             raise self.metadata.error(f"{key!r} has {len(found)} values for {self.layers} layers")
         return found[: self.layers]
 
     def numbers(self, name: str) -> list[float]:
         """Return one number for each layer. Raises `ModelLoadError` unless there are as many."""
-        found: list[float] = self.metadata.numbers(self._key(name)).tolist()
+        return self.numbers_at(self._key(name))
+
+    def numbers_at(self, key: str) -> list[float]:
+        """Do what `numbers` does for a whole key."""
+        found: list[float] = self.metadata.numbers(key).tolist()
         if len(found) != self.layers:
-            raise self.metadata.error(
-                f"{self._key(name)!r} has {len(found)} values for {self.layers} layers"
-            )
+            raise self.metadata.error(f"{key!r} has {len(found)} values for {self.layers} layers")
         return found
+
+    def _whole(self, key: str) -> list[int]:
+        """Return an array of whole numbers. Raises `ModelLoadError` for others."""
+        numbers = self.metadata.numbers(key)
+        if not (np.isfinite(numbers) & (numbers == np.floor(numbers))).all():
+            raise self.metadata.error(f"{key!r} has values that are no whole numbers")
+        return [int(number) for number in numbers.tolist()]
 
     def flags(self, name: str) -> list[bool] | None:
         """Return a flag for each layer, or None if the value is not an array."""
@@ -72,7 +83,7 @@ class Hyperparameters:
 
     def integers(self, name: str) -> list[int]:
         """Return an array of whole numbers."""
-        return [int(number) for number in self.metadata.numbers(self._key(name)).tolist()]
+        return self._whole(self._key(name))
 
     def positive(self, name: str) -> int:
         """Return a whole number. Raises `ModelLoadError` unless it is positive."""

@@ -39,15 +39,14 @@ class _Blocks:
     scales: Bytes | None = None
 
 
-def block_type(dtype: str, shape: tuple[int, ...], part: int | None = None) -> BlockType | None:
+def block_type(dtype: str, shape: tuple[int, ...], part: int) -> BlockType | None:
     """Return how matrices of this type and shape stay as they are stored; None if they cannot.
 
-    `part` is the number of columns in a part, if parts of rows are reordered.
+    `part` is the number of columns that stay together, all of a row if none are reordered.
     """
     kind = BLOCK_TYPES.get(dtype)
-    if kind is None or len(shape) not in (2, 3) or shape[-1] % kind.unit:
+    if kind is None or len(shape) not in (2, 3) or shape[-1] % kind.least:
         return None
-    part = part or shape[-1]
     return next((fits for fits in (kind, kind.halved) if part % fits.block == 0), None)
 
 

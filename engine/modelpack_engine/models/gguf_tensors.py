@@ -141,7 +141,7 @@ class Parameter:
     @property
     def part(self) -> int:
         """The columns that stay together: those of a row, or of a part if parts are reordered."""
-        return self.shape[-1] // len(self.columns or (0,))
+        return self.shape[-1] // (len(self.columns) if self.columns else 1)
 
     @property
     def dtype(self) -> str:

@@ -211,11 +211,11 @@ def choose_sizes(
     """Return the sizes for a model with the caches of `layout` (None: not paged).
 
     A token takes `draft_bytes` more bytes in the KV cache of a draft model, whose recurrent states
-    take `draft_state_bytes`. If every layer has an
-    attention window of at most `window` tokens, a request holds no more tokens than the window and
-    one step. `groups` of layers with smaller windows have blocks of their own, unless no request is
-    long enough to release any. On CUDA, steps' arrays take `step_memory`. By default, a step can
-    compute `span` tokens of one prompt. Pictures that layers attend to take `picture_bytes`.
+    take `draft_state_bytes`. If every layer has an attention window of at most `window` tokens, a
+    request holds no more tokens than the window and one step. `groups` of layers with smaller
+    windows have blocks of their own, unless no request is long enough to release any. On CUDA,
+    steps' arrays take `step_memory`. By default, a step can compute `span` tokens of one prompt.
+    Pictures that layers attend to take `picture_bytes`.
 
     Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold one request of
     `config.max_model_len` tokens, or a few blocks if that is not set.

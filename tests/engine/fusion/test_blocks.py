@@ -93,7 +93,13 @@ def test_tiles_on_the_host(
     assert {body for body, _ in host.calls} == {"block_tiles"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "Q4_K" else pytest.mark.long)
+        for name in sorted(BLOCK_TYPES)
+    ],
+)
 def test_halves_of_superblocks_have_factors(
     host: Host, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -46,9 +46,9 @@ def test_values_equal_those_of_the_gguf_package(
     name: str, rows: int, count: int, seed: int
 ) -> None:
     """Rows of `count` blocks, of 32 or 256 weights."""
-    inputs = count * BLOCK_TYPES[name].unit
+    inputs = count * BLOCK_TYPES[name].least
     stored, expected = tensor(name, rows, inputs, seed)
-    kind = gguf_planes.block_type(name, stored.shape)
+    kind = gguf_planes.block_type(name, stored.shape, inputs)
     assert kind is not None
     words = gguf_planes.planes(stored, kind)
     assert words.shape == (rows, kind.words(inputs))
@@ -88,17 +88,19 @@ def test_all_exponents_of_mxfp4() -> None:
 @pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
 def test_rows_of_models_take_at_most_four_percent_more(name: str) -> None:
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-    for inputs in (2048, 4096, 11008, 14336, *((1152, 1408, 2688, 2880) if elements == 32 else ())):
-        assert BLOCK_TYPES[name].words(inputs) * 4 <= inputs // elements * size * 1.04
+    kind = BLOCK_TYPES[name]
+    for inputs in (2048, 4096, 11008, 14336, *((1152, 1408, 2688) if kind.least == 32 else ())):
+        assert kind.words(inputs) * 4 <= inputs // elements * size * 1.04
+        assert kind.halved.words(inputs) * 4 <= inputs // elements * size * 1.06
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("Q6_K", (4, 128)), ("Q6_K", (2, 4, 32)), ("Q6_K", (256,)), ("Q4_0", (4, 16)),
-     ("Q8_0", (4, 256)), ("IQ3_S", (4, 256)), ("F16", (4, 256)), ("MXFP4", (4, 80))],
+     ("Q8_0", (4, 256)), ("IQ3_S", (4, 256)), ("F16", (4, 256)), ("MXFP4", (4, 96))],
 )  # fmt: skip
 def test_other_types_and_shapes_stay_in_layouts_of_mlx(name: str, shape: tuple[int, ...]) -> None:
-    assert gguf_planes.block_type(name, shape) is None
+    assert gguf_planes.block_type(name, shape, shape[-1]) is None
 
 
 def tiny_of(path: Path, name: str, *, embedding: str = "", **changes: int) -> TinyModel:
@@ -127,7 +129,7 @@ def tiny_of(path: Path, name: str, *, embedding: str = "", **changes: int) -> Ti
 def test_models_keep_their_blocks(name: str, tmp_path: Path) -> None:
     """All matrices stay as they are stored: the values of a dense model, in the file's memory."""
     path = tmp_path / "m.gguf"
-    changes = {"intermediate_size": 544} if BLOCK_TYPES[name].unit == 32 else {}
+    changes = {"intermediate_size": 544} if BLOCK_TYPES[name].least == 32 else {}
     tiny = tiny_of(path, name, **changes)
     dense, kept = load_tiny(path), load_tiny(path, dense=False, blocks=(name,), dtype=mx.float32)
     kinds = {type(module) for _, module in kept.model.named_modules() if "weight" in module}

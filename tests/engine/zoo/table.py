@@ -120,8 +120,8 @@ and scales, in 8 bits if not all have 4. Further quantised types are rounded to 
   a model would take over 10 % more memory than its tensors in the file, embeddings first.
 - **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
   On Metal it is ours for types that are held as stored, and MLX's for others.
-- MXFP4 is held as stored on CUDA. On Metal it keeps its own codes in MLX's layout, and MLX's
-  kernels multiply.
+- MXFP4 is held as stored on CUDA. On Metal, and in rows that are no multiple of 256 (the experts of
+  gpt-oss), it keeps its own codes in MLX's layout, and MLX's kernels multiply.
 - **CPU library** is [our own](cpu.md), for models of Llama's shape.
 
 | type | file | GPU | in memory | CUDA | CPU library |
