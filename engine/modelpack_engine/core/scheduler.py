@@ -221,6 +221,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def num_foreground(self) -> int:
+        """How many sequences wait that are not background ones."""
+        return self._count - len(self._background)
+
     def __iter__(self) -> Iterator[Sequence]:
         """Yield the sequences about in the order of admission: turns of owners are left out."""
         yield from self._preempted
@@ -720,10 +725,12 @@ class Scheduler:
     def _encoded_until(self, sequence: Sequence, stop: int, alone: bool) -> int:
         """Return the position, up to `stop`, to which the sequence's pictures are encoded."""
         assert self._pictures is not None, "only models that read pictures get them"
-        # Each slice takes a step, for which all prompts wait: so it has to be worth it.
-        num_prefill = sum(each.is_prefill for each in self._running)
-        num_decoding = len(self._running) - num_prefill
-        in_slices = not alone and num_decoding >= num_prefill + len(self._waiting)
+        # Each slice takes a step, for which all prompts wait: so it has to be worth it. Those of
+        # the background may wait.
+        prompts = [each for each in self._running if each.is_prefill]
+        num_decoding = len(self._running) - len(prompts)
+        num_prefill = sum(not each.background for each in prompts) + self._waiting.num_foreground
+        in_slices = not alone and num_decoding >= num_prefill
         for media in sequence.media:
             end = media.until or media.stop
             if end <= sequence.num_computed_tokens or media.start >= stop:

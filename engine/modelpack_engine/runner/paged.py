@@ -41,7 +41,7 @@ from modelpack_engine.platform.device import Staging
 from modelpack_engine.runner.adapted import Adapted
 from modelpack_engine.runner.hidden_states import HiddenRows, HiddenStates, layers_of
 from modelpack_engine.runner.model_layout import ModelLayout
-from modelpack_engine.runner.recurrent import StateContents, StateRows, repeated
+from modelpack_engine.runner.recurrent import StateContents, repeated
 
 #: The longest context, in tokens, of a prompt whose rows attend by the decode kernel.
 LONGEST_PROMPT = 1024
@@ -584,11 +584,6 @@ class PagedRunner:
     @property
     def can_go_back(self) -> bool:
         return True
-
-    @property
-    def states(self) -> StateRows | None:
-        """The rows of recurrent states; None for a model without any."""
-        return self.adapted.rows if self.adapted.states else None
 
     @cached_property
     def writes_in_place(self) -> bool:

@@ -303,7 +303,7 @@ class StateRows:
             self.rows[seq_id] = rows[num_tokens]
 
     def hold(self, seq_id: int) -> None:
-        """Keep the state of a sequence, as another sequence's, until `go_back` or `release`."""
+        """Keep the state of a sequence under an id of its own until `go_back` or `release`."""
         self.rows[_held(seq_id)] = self.rows[seq_id]
 
     def go_back(self, seq_id: int) -> None:

@@ -33,6 +33,14 @@ from modelpack_engine.sampling.sampler import NO_TOKEN, Sampled, Sampler, Sample
 _FEW_TOKENS = 8
 
 
+def num_state_rows(num_tokens: int) -> int:
+    """Return the states that a sequence has at most, with so many guesses at a time.
+
+    They are those before its guesses and after each row of the step that computes what was missing.
+    """
+    return 1 + max(2, min(num_tokens + 1, _FEW_TOKENS))
+
+
 @dataclass(slots=True, eq=False)
 class _Draft:
     """The state of the draft model for `original`.
@@ -86,8 +94,10 @@ class DraftProposer:
         self._vocab_size, self._draft_vocab_size = vocab_size, draft_vocab_size
         self._context_length, self._max_rows = context_length, max_rows
         self._least = math.log(min_probability) if min_probability > 0 else None
-        #: The rows of a recurrent draft model's states; None for other models.
-        self._states = runner.states if isinstance(runner, PagedRunner) else None
+        #: The layers of a recurrent draft model, which have states; None for other models.
+        self._recurrent = None
+        if isinstance(runner, PagedRunner) and runner.adapted.states:
+            self._recurrent = runner.adapted
         self._drafts: dict[int, _Draft] = {}  # by the original's seq_id, in order of use
 
     def expects(self, sequences: Iterable[Sequence]) -> bool:
@@ -106,6 +116,8 @@ class DraftProposer:
             return self._write(drafts, lengths) if drafts else {}
         except BaseException:
             self.release(list(self._drafts))
+            if self._recurrent is not None:
+                self._recurrent.reset()  # or the next step would compute the states of this one
             raise
 
     def close(self) -> None:
@@ -125,7 +137,7 @@ class DraftProposer:
         if original.num_known_tokens + length > self._context_length:
             return None
         draft = self._drafts.pop(original.seq_id, None)
-        if draft is not None and not self._continues(draft):
+        if draft is not None and not self._settle(draft):
             self._drafts[original.seq_id] = draft
             self.release([original.seq_id])
             draft = None
@@ -140,12 +152,12 @@ class DraftProposer:
                 return None
         return draft
 
-    def _continues(self, draft: _Draft) -> bool:
-        """Settle a draft's guesses; return whether the draft model can go on from its state."""
-        if self._states is None or not draft.guessed:
+    def _settle(self, draft: _Draft) -> bool:
+        """Count accepted guesses, or go back before them; return whether the draft can go on."""
+        if self._recurrent is None or not draft.guessed:
             draft.settle()
             return True
-        self._states.go_back(draft.sequence.seq_id)
+        self._recurrent.rows.go_back(draft.sequence.seq_id)
         draft.guessed = []
         return draft.num_missing > 0  # the state is that after all tokens, whose logits are gone
 
@@ -160,7 +172,7 @@ class DraftProposer:
             None,
             self._runner.buckets,
             self._blocks.block_size,
-            proposals_as_rows=self._states is not None,
+            proposals_as_rows=self._recurrent is not None,
         )
         logits = self._forward(batch, None)
         by_sequence = {draft.sequence: draft for draft in drafts}
@@ -172,9 +184,9 @@ class DraftProposer:
         drawn = self._draw(logits[mx.array(_last_rows(output), mx.int32)], going, 0)
         steps = [(going, drawn)]
         self._computed(output)
-        if self._states is not None:
+        if self._recurrent is not None:
             for sequence in output.sampled:
-                self._states.hold(sequence.seq_id)
+                self._recurrent.rows.hold(sequence.seq_id)
         for sequence in output.sampled:
             sequence.num_inflight = 1
         try:
@@ -196,7 +208,7 @@ class DraftProposer:
         for draft in sorted(drafts, key=lambda draft: draft.num_missing):
             sequence, missing = draft.sequence, draft.num_missing
             start, stop = sequence.num_computed_tokens, sequence.num_known_tokens
-            has_no_state = self._states is not None and start == 0
+            has_no_state = self._recurrent is not None and start == 0
             if missing > _FEW_TOKENS or has_no_state:
                 if length := buckets.fit_chunk(missing, rows):
                     prefill.append(PrefillChunk(sequence, start, length, length == missing))

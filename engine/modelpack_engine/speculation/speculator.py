@@ -32,7 +32,7 @@ from modelpack_engine.runner.step import MaskOf, can_look_ahead
 from modelpack_engine.sampling.sampler import Sampler
 from modelpack_engine.speculation.acceptance import HeadProposer, HeadWithLookup
 from modelpack_engine.speculation.assistant import AssistantProposer
-from modelpack_engine.speculation.draft import DraftProposer
+from modelpack_engine.speculation.draft import DraftProposer, num_state_rows
 from modelpack_engine.speculation.eagle import EagleProposer
 from modelpack_engine.speculation.head_layers import linear_of_rows
 from modelpack_engine.speculation.head_runner import DraftWithin
@@ -244,8 +244,8 @@ class Draft:
         return self.loaded.weight_bytes
 
     def state_bytes(self, config: EngineConfig) -> int:
-        """Return the bytes of its recurrent states: before the guesses, and twice after them."""
-        return 3 * _max_batch(config) * self.layout.bytes_per_sequence
+        """Return the bytes of its recurrent states."""
+        return _state_rows(config) * self.layout.bytes_per_sequence
 
 
 #: Networks that draft from the model's hidden states.
@@ -314,7 +314,7 @@ def make_speculator(
         return Speculator(lookup, num_tokens=num_tokens, max_batch=max_batch, adapt=False), ()
     if isinstance(draft, DraftingHead):
         return _with_head(config, draft, runner, sizes, vocab_size, max_batch)
-    num_tokens = config.num_speculative_tokens or DRAFT_TOKENS
+    num_tokens = _num_drafted(config)
     per_sequence = -(-(sizes.max_model_len + num_tokens) // config.block_size)
     num_blocks = max(2, min(sizes.num_blocks, max_batch * per_sequence + 1))
     small = make_runner(
@@ -327,6 +327,8 @@ def make_speculator(
     if not small.can_go_back or (draft.layout.recurrent and not isinstance(small, PagedRunner)):
         small.undo()
         return None, (f"no speculation: the draft model runs in the {small.tier} tier",)
+    if on_gpu() and isinstance(small, PagedRunner):
+        small.adapted.rows.reserved = _state_rows(config)
     if config.warm_up and on_gpu():
         small.warm_up(sizes.step_shapes(config, 2 * max_batch))
     proposer = DraftProposer(
@@ -352,6 +354,16 @@ def _max_batch(config: EngineConfig) -> int:
     """Return the most sequences that get proposals together."""
     most = config.speculative_disable_by_batch_size
     return min(MAX_BATCH if most is None else most, max_num_seqs(config))
+
+
+def _num_drafted(config: EngineConfig) -> int:
+    """Return how many tokens a draft model proposes at most."""
+    return config.num_speculative_tokens or DRAFT_TOKENS
+
+
+def _state_rows(config: EngineConfig) -> int:
+    """Return the states of a recurrent draft model, of all sequences together."""
+    return _max_batch(config) * num_state_rows(_num_drafted(config))
 
 
 def _lookup(runner: ModelRunner) -> NgramProposer:

@@ -253,6 +253,8 @@ class VisionEncoder:
             if call is not None:
                 self._calls[media] = call
             if self._num_encoded and not alone:
+                if call is None and not self._processing:
+                    self._has_inputs(key, media, alone=False)  # a thread makes them meanwhile
                 return False
             if media.until and (self._num_encoded or not alone) and not self._has_room():
                 return False
@@ -337,7 +339,7 @@ class VisionEncoder:
         *,
         in_slices: bool = False,
     ) -> mx.array | None:
-        """Return the embeddings of a picture; None if more slices of it have to be evaluated.
+        """Return the embeddings of a picture; None if they are not evaluated yet.
 
         While a call for another picture is evaluated in slices, a slice is one of that call.
         """

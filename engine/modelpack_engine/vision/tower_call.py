@@ -145,5 +145,5 @@ class TowerCall:
                     f"{made.shape[-2]} embeddings for {len(token_ids)} tokens of files"
                 )
             ends = np.cumsum([0, *map(len, self._token_ids)]).tolist()
-            # They are copies: a slice would keep the memory of the others after they are evicted.
+            # They are copies: a view would keep the memory of the others after they are evicted.
             self._parts = [mx.take(made, mx.arange(*edges), axis=-2) for edges in pairwise(ends)]

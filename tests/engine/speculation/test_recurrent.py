@@ -23,6 +23,7 @@ from modelpack_engine.runner.model_layout import find_layout
 from modelpack_engine.runner.recurrent import StateRows
 from modelpack_engine.speculation import acceptance
 from modelpack_engine.speculation.draft import DraftProposer
+from modelpack_engine.speculation.speculator import _state_rows
 from tests.engine.serving.tiny import tiny_tokenizer
 from tests.engine.speculation.oracle import Oracle, speculate
 from tests.engine.speculation.test_same_output import Events, check_same, shapes, tokens
@@ -187,8 +188,8 @@ def test_a_recurrent_draft_model(
     assert engine._speculator is not None
     made = engine._speculator._proposer
     assert isinstance(made, DraftProposer)
-    assert made._states is not None
-    assert made._states.rows == {}
+    assert made._recurrent is not None
+    assert made._recurrent.rows.rows == {}
 
 
 @pytest.mark.usefixtures("shapes")
@@ -199,13 +200,22 @@ def test_a_draft_model_is_right_after_wrong_guesses(
 ) -> None:
     """Each second proposal has a wrong token; all others are accepted as the state goes back."""
     monkeypatch.setattr(acceptance, "_LEAST_ACCEPTED", -1.0)
-    real, calls, right = DraftProposer.propose, 0, 0
+    real, calls, right, most = DraftProposer.propose, 0, 0, 0
+    finish, totals = StateRows.finish, dict[int, list[int]]()
+
+    def finished(self: StateRows) -> None:
+        totals.setdefault(id(self), []).append(self.next_total)
+        finish(self)
+
+    monkeypatch.setattr(StateRows, "finish", finished)
 
     def propose(
         self: DraftProposer, lengths: Mapping[Sequence, int]
     ) -> Mapping[Sequence, list[int]]:
-        nonlocal calls, right
+        nonlocal calls, right, most
         found = real(self, lengths)
+        assert self._recurrent is not None
+        most = max(most, *totals.pop(id(self._recurrent.rows)))
         calls += 1
         for tokens_ in found.values():
             if calls % 2 and len(tokens_) > 1:
@@ -229,7 +239,41 @@ def test_a_draft_model_is_right_after_wrong_guesses(
     check_all(plain, ask(engine, 60))
     stats = engine.stats()
     assert stats.proposed_tokens > right > 50
+    assert 12 < most <= _state_rows(engine.config)
     assert (stats.accepted_tokens >= right - 8) == goes_back  # the last ones may be cut off
+
+
+@pytest.mark.parametrize("configuration", DRAFTS, ids=lambda c: c.id)
+def test_a_draft_that_fails_leaves_no_states(
+    configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next draft does not compute the failed step again."""
+    model = configuration.build()
+    plain = ask(engine_of(model), 60)
+    engine = engine_of(
+        model,
+        loaded_of(configuration.build()),
+        speculative_method="draft",
+        speculative_disable_by_batch_size=8,
+    )
+    assert engine._speculator is not None
+    made = engine._speculator._proposer
+    assert isinstance(made, DraftProposer)
+    assert made._recurrent is not None
+    compute = made._compute
+
+    def fail(arrays: list[mx.array]) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(made, "_compute", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            ask(engine, 60)
+    assert made._compute == compute
+    assert made._recurrent.rows.rows == {}
+    assert all(array is None for state in made._recurrent.states for array in state.arrays)
+    engine.fail_all("no memory")
+    check_all(plain, ask(engine, 60))
 
 
 def test_a_draft_model_without_attention() -> None:

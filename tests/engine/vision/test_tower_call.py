@@ -17,7 +17,7 @@ import pytest
 
 from modelpack_engine.core.sequence import Sequence
 from modelpack_engine.engine import Engine
-from modelpack_engine.request import EngineRequest, Media, SamplingParams
+from modelpack_engine.request import EngineRequest, Media, MediaSource, SamplingParams
 from modelpack_engine.vision import encoder as encoder_module
 from modelpack_engine.vision import tower_call
 from modelpack_engine.vision.encoder import Vision, VisionEncoder
@@ -235,6 +235,33 @@ def test_more_prompts_than_texts_are_not_held_up(monkeypatch: pytest.MonkeyPatch
     assert (beside.count, beside.encoder.misses) == (0, 1)
     beside.until(lambda: beside.encoder.misses == 2)
     assert beside.count > 0
+
+
+def test_background_prompts_may_wait_for_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny.tiny_engine("llava", max_num_batched_tokens=256, max_num_seqs=3)
+    beside = Slices(engine, monkeypatch, texts=2)
+    for number in range(4):
+        made = request(engine, f"later {number}", [], background=True)
+        beside.add(f"later-{number}", made)
+    beside.add("one", request(engine, ASK, [picture(1)]))
+    beside.until(lambda: beside.encoder.misses == 1)
+    assert beside.count >= 3
+
+
+def test_inputs_of_the_next_picture_are_made_during_slices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(TowerCall, "advance", lambda *_: None)
+    encoder = VisionEncoder(Tower(), inputs=lambda media: media_of(2).inputs)
+    user, pixels = Sequence("r", [1, 2, 3, 4], SamplingParams()), np.zeros((2, 2, 3), np.uint8)
+    source = MediaSource("picture", pixels, (0, 1))
+    second, third = (
+        dataclasses.replace(media_of(number), inputs={}, source=source) for number in (2, 3)
+    )
+    for media in (media_of(1), second, third):
+        assert not encoder.prepare(user, media, alone=False, in_slices=True)
+    assert [*encoder._processing] == [second]
+    assert encoder._processing[second].result(60)
 
 
 def test_a_step_computes_the_text_before_a_picture_or_a_slice(
