@@ -440,9 +440,10 @@ class _Mlx(_Reader):
         return _Read("mlx", self.base("model"), tuple(targets))
 
 
+#: The names of embeddings in mlx-lm's text models, and GGUF's.
 _EMBEDDINGS: Final = (
     "embed_tokens", "wte", "embed_in", "tok_embeddings", "token_embd", "word_embeddings",
-    "embeddings",
+    "embeddings", "token_embeddings", "embedding", "embed", "wpe", "embed_tokens_per_layer",
 )  # fmt: skip
 _MLX_PARTS: Final = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 

@@ -91,6 +91,20 @@ def test_peft_embeddings(tmp_path: Path) -> None:
     assert target.b.endswith("lora_embedding_B")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens", "model.embed_tokens_per_layer", "transformer.wte", "transformer.wpe",
+        "transformer.token_embeddings", "model.embedding", "model.embed", "backbone.embeddings",
+    ],
+)  # fmt: skip
+def test_mlx_embeddings(name: str, tmp_path: Path) -> None:
+    """mlx-lm marks no embeddings: their names in its classes do. DoRA scales each token's row."""
+    magnitudes = {f"{name}.m": np.ones(10, np.float32)}
+    (target,) = read_adapter(write_mlx(tmp_path, {name: (4, 10)}, extra=magnitudes)).targets
+    assert (target.embedding, target.inputs, target.outputs) == (True, 10, 4)
+
+
 def test_linear_layers_that_are_named_after_embeddings(tmp_path: Path) -> None:
     """`lora_embedding_A` makes a target an embedding, not the module's own name."""
     name = "model.ngram_embeddings.post_projs.0"
