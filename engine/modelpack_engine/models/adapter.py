@@ -101,18 +101,20 @@ def read_layers(
             magnitude = arrays[target.magnitude].reshape(-1).astype(mx.float32)
             if permuted:
                 magnitude = _pairs(magnitude, config["head_dim"])
+            by_token = isinstance(module, EMBEDDINGS) and adapter.format == "mlx"
             if isinstance(module, EMBEDDINGS):
-                weight = weight_of(name, module) + a @ b
-                if adapter.format == "mlx":
-                    norm = mx.linalg.norm(weight, axis=1)
-                    token_gain = (magnitude / norm).astype(kind)[:, None]
-                else:
-                    gain = (magnitude / mx.linalg.norm(weight, axis=0)).astype(kind)
+                norm = mx.linalg.norm(weight_of(name, module) + a @ b, axis=1 if by_token else 0)
             elif norm_of is not None:
-                gain = (magnitude / norm_of(name, a, b)).astype(kind)
+                norm = norm_of(name, a, b)
             else:
                 norm = mx.linalg.norm(weight_of(name, module) + (a @ b).T, axis=1)
-                gain = (magnitude / norm).astype(kind)
+            if magnitude.size != norm.size:
+                raise modules.error(
+                    f"{target.module}: the magnitude has {magnitude.size} values, expected "
+                    f"{norm.size}"
+                )
+            factor = (magnitude / norm).astype(kind)
+            gain, token_gain = (None, factor[:, None]) if by_token else (factor, None)
         if name in found:
             raise modules.error(f"two targets are the module {name} of the model")
         found[name] = Matrices(a.astype(kind), b.astype(kind), gain, token_gain)

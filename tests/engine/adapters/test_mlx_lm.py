@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
@@ -164,3 +165,20 @@ def test_experts_of_another_number(tmp_path: Path) -> None:
     adapter = read_adapter(write_mlx(tmp_path, {name: (count + 1, outputs, inputs)}))
     with pytest.raises(AdapterError, match=rf"a weight of shape \[{count + 1}, {outputs}, "):
         read_layers(adapter, model)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "linear layer"])
+def test_magnitudes_of_another_size(kind: str, tmp_path: Path) -> None:
+    """Names say which magnitudes are those of tokens; the class may have others."""
+    model = nn.Module()
+    if kind == "embedding":
+        name, size = "table", 6
+        model.table = nn.Embedding(10, 6)
+    else:
+        name, size = "embed", 10
+        model.embed = nn.Linear(10, 6)
+    magnitudes = {f"{name}.m": np.ones(size, np.float32)}
+    path = write_mlx(tmp_path, {name: (6, 10)}, fine_tune_type="dora", extra=magnitudes)
+    expected = 10 if kind == "embedding" else 6
+    with pytest.raises(AdapterError, match=rf"magnitude has {size} values, expected {expected}"):
+        read_layers(read_adapter(path), model)
