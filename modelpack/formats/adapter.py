@@ -165,7 +165,8 @@ class _Reader:
     def number(self, value: Any, name: str) -> float:
         """Return `value` as a finite float."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or abs(value) > 1e6:
+        # An integer may be too long for `math.isfinite`.
+        if not is_number or abs(value) > 1e6 or not math.isfinite(value):
             raise self.error(f"{name} is {str(value)[:40]}, expected a finite number")
         return float(value)
 
@@ -348,7 +349,10 @@ class _Peft(_Reader):
 
     def _layout(self) -> Layout:
         """Return how this version of PEFT, the first of which wrote none, stores parameters."""
-        version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(self.fields.get("peft_version")))
+        text = str(self.fields.get("peft_version"))
+        version = re.match(r"([0-9]+)\.([0-9]+)\.([0-9]+)", text)
+        if version is not None and max(map(len, version.groups())) > 9:
+            raise self.error(f"peft_version is {text[:40]!r}, expected numbers of up to 9 digits")
         is_old = version is None or tuple(map(int, version.groups())) < _ORDERED_SINCE
         return "old parameter" if is_old else "parameter"
 
@@ -570,11 +574,11 @@ _NUMBER: Final = re.compile(r"\b(?:layers|h|blocks|blk)\.(?P<number>\d+)\.")
 def _check_layers(adapter: Adapter, tensors: Iterable[TensorInfo]) -> None:
     """Raise `AdapterError` for a target in a layer that the base lacks."""
     found = (_NUMBER.search(tensor.name) for tensor in tensors)
-    layers = {int(match["number"]) for match in found if match is not None}
+    layers = {match["number"] for match in found if match is not None}
     for target in adapter.targets:
         match = _NUMBER.search(target.module)
-        if match is not None and int(match["number"]) not in layers:
+        if match is not None and match["number"] not in layers:
             raise AdapterError(
-                f"the base has no layer {match['number']}, which {target.module} is in",
+                f"the base has no layer {match['number'][:20]}, which {target.module[:200]} is in",
                 path=str(adapter.weights),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,7 +15,8 @@ import modelpack
 from modelpack.artifacts import media_types
 from modelpack.artifacts.model import Role
 from modelpack.errors import ModelpackError, NotFoundError
-from modelpack.formats.adapter import AdapterError, canonical, read_adapter
+from modelpack.formats.adapter import AdapterError, canonical, check_base, read_adapter
+from modelpack.formats.tensors import TensorInfo
 from modelpack.operations.adapters import package_adapter, stored_adapter
 from modelpack.testing import registry
 from tests.adapters import TARGETS, tiny_base, write_gguf, write_mlx, write_peft
@@ -169,6 +171,14 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "expression as rank_pattern": (
         lambda at: write_peft(at, rank_pattern={"layers.[01].q_proj": 2}),
         "rank_pattern has the expression 'layers.[01].q_proj'",
+    ),
+    "alpha of 400 digits": (
+        lambda at: write_peft(at, lora_alpha=10**400),
+        "lora_alpha is 1000000",
+    ),
+    "version of 5000 digits": (
+        lambda at: write_peft(at, peft_version="9" * 5000 + ".1.1"),
+        "peft_version is '9999999",
     ),
     "initialisation that changes the base": (
         lambda at: write_peft(at, init_lora_weights="pissa_niter_16"),
@@ -376,6 +386,22 @@ def test_adapter_of_a_gguf_base(write: Callable[..., Path], tmp_path: Path) -> N
     deep = write(tmp_path / "deep", {"model.layers.1.self_attn.q_proj": (8, 4)})
     with pytest.raises(AdapterError, match=r"the base has no layer 1, which model\.layers\.1"):
         package_adapter("team/deep:v1", deep, "team/base:v1", store=store)
+
+
+def test_numbers_of_layers_that_are_long(tmp_path: Path) -> None:
+    """Python converts no text of more than 4,300 digits to a number."""
+    adapter = read_adapter(write_gguf(tmp_path / "lora.gguf", {"blk.0.attn_q": (8, 4)}))
+    digits = "1" * 5000
+
+    def base(number: str) -> list[TensorInfo]:
+        return [TensorInfo(f"model.layers.{number}.mlp.up_proj.weight", "F32", (8, 4), 0, 128)]
+
+    check_base(adapter, base(digits) + base("0"), format="safetensors")
+    target = replace(adapter.targets[0], module=f"blk.{digits}.attn_q")
+    long = replace(adapter, targets=(target,))
+    with pytest.raises(AdapterError, match="the base has no layer 111") as raised:
+        check_base(long, base("0"), format="safetensors")
+    assert len(str(raised.value)) < 1000
 
 
 def test_base_is_no_adapter(store: modelpack.Store, tmp_path: Path) -> None:

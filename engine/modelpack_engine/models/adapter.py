@@ -34,7 +34,7 @@ from modelpack_engine.patches.lora import (
     dense_weight,
 )
 
-_EXPERT: Final = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<name>\w+)\Z")
+_EXPERT: Final = re.compile(r"(?P<block>.+)\.experts\.(?P<index>[0-9]{1,9})\.(?P<name>\w+)\Z")
 #: Names of experts' layers in Mixtral's checkpoints and what mlx-lm calls them.
 _EXPERT_NAMES: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 #: The layers whose rows llama.cpp's converter permutes.
@@ -194,7 +194,7 @@ class _Modules:
         names = [wanted] if wanted in self._all else self._short.get(canonical(wanted), [])
         if len(names) != 1:
             why = f"names {len(names)} modules of the model" if names else "is not in the model"
-            raise self.error(f"target {wanted} {why}")
+            raise self.error(f"target {wanted[:200]} {why}")
         return names[0], self._all[names[0]]
 
     def _shape(self, name: str, module: Any) -> tuple[int, ...]:

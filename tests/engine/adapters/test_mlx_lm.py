@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,15 @@ def test_single_experts_of_a_quantised_base(tmp_path: Path, uncompiled: None) ->
     expected = make_reference(BY_NAME["qwen3_moe"], model)
     assert expected.gap > 1e-5
     assert found == expected.tokens
+
+
+def test_experts_with_long_numbers(tmp_path: Path) -> None:
+    """Python converts no text of more than 4,300 digits to a number."""
+    adapter = read_adapter(write_peft(tmp_path, {"model.layers.0.mlp.experts.1.up_proj": (48, 64)}))
+    module = f"model.layers.0.mlp.experts.{'1' * 4400}.up_proj"
+    adapter = replace(adapter, targets=(replace(adapter.targets[0], module=module),))
+    with pytest.raises(AdapterError, match="is not in the model"):
+        read_layers(adapter, build("qwen3_moe"))
 
 
 def test_experts_of_another_number(tmp_path: Path) -> None:
