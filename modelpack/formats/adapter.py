@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -31,6 +33,8 @@ PEFT_WEIGHTS: Final = "adapter_model.safetensors"
 MLX_WEIGHTS: Final = "adapters.safetensors"
 #: Larger ranks gain nothing: training all weights costs less then.
 MAX_RANK: Final = 4096
+#: The longest name of a tensor: a module is looked up by each end of its name.
+MAX_NAME: Final = 256
 
 AdapterFormat = Literal["peft", "mlx", "gguf"]
 #: How the matrices of a target are stored: those of a module, or PEFT's of a parameter that holds
@@ -187,6 +191,11 @@ class _Reader:
         """Return the tensors by module and part; `split` returns both for a name, or None."""
         groups: dict[str, dict[str, TensorInfo]] = {}
         for tensor in tensors:
+            if len(tensor.name) > MAX_NAME:
+                raise self.fault(
+                    f"{tensor.name[:200]}: the name of a tensor has {len(tensor.name)} "
+                    f"characters, expected up to {MAX_NAME}"
+                )
             found = split(tensor.name)
             if found is None:
                 raise self.fault(
@@ -308,17 +317,8 @@ class _Peft(_Reader):
             targets.append(self.checked(target, parts, target.outputs))
         return _Read("peft", self.base("base_model_name_or_path"), tuple(targets))
 
-    def _is_parameter(self, path: str) -> bool:
-        """Return whether `target_parameters` names a parameter."""
-        targets = self.fields.get("target_parameters") or ()
-        return any(path == target or path.endswith(f".{target}") for target in targets)
-
-    def _parameters(self, modules: Iterable[str]) -> dict[str, str]:
-        """Return the paths of the parameters of experts, by the names that PEFT's wrappers have.
-
-        A wrapper of a second parameter holds that of the first as `base_layer`. Other parameters
-        are weights of modules, whose matrices are those of the modules.
-        """
+    @cached_property
+    def _target_parameters(self) -> frozenset[str]:
         targets = self.fields.get("target_parameters") or []
         if not isinstance(targets, list) or not all(isinstance(each, str) for each in targets):
             raise self.error("target_parameters is not a list of names")
@@ -329,6 +329,18 @@ class _Peft(_Reader):
                     f"{', '.join(_PARAMETERS)}",
                     hint="merge the adapter into its base with peft",
                 )
+        return frozenset(targets)
+
+    def _is_parameter(self, path: str) -> bool:
+        """Return whether `target_parameters` names a parameter."""
+        return not self._target_parameters.isdisjoint(_ends(path))
+
+    def _parameters(self, modules: Iterable[str]) -> dict[str, str]:
+        """Return the paths of the parameters of experts, by the names that PEFT's wrappers have.
+
+        A wrapper of a second parameter holds that of the first as `base_layer`. Other parameters
+        are weights of modules, whose matrices are those of the modules.
+        """
         wrappers: dict[str, list[str]] = {}
         for module in modules:
             stem = module.replace(_WRAPPED, "")
@@ -356,15 +368,16 @@ class _Peft(_Reader):
         is_old = version is None or tuple(map(int, version.groups())) < _ORDERED_SINCE
         return "old parameter" if is_old else "parameter"
 
-    def _patterns(self, name: str) -> Mapping[str, Any]:
+    def _patterns(self, name: str) -> _Patterns:
         """Return a table by names of modules; those that PEFT takes as expressions are refused."""
-        table = self.table(name)
-        for pattern in table:
+        found: dict[str, tuple[int, Any]] = {}
+        for order, (pattern, value) in enumerate(self.table(name).items()):
             if not _PATTERN.match(pattern):
                 raise self.error(
                     f"{name} has the expression {pattern[:100]!r}, expected names of modules"
                 )
-        return table
+            found.setdefault(pattern.removeprefix(_ANY), (order, value))
+        return found
 
     def _check_copy(self, target: Target, copy: TensorInfo | None) -> None:
         """Raise `AdapterError` if PEFT's copy of an embedding or head has the shape of another.
@@ -395,13 +408,22 @@ _ANY: Final = ".*\\."
 _PATTERN: Final = re.compile(r"(?:\^|\.\*\\\.)?[\w.]+\Z")
 
 
-def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+#: Values by pattern, with their order.
+_Patterns = Mapping[str, tuple[int, Any]]
+
+
+def _pattern(patterns: _Patterns, module: str, default: Any) -> Any:
     """Return the value of the first pattern that is `module` or its end."""
-    for pattern, value in patterns.items():
-        pattern = pattern.removeprefix(_ANY)
-        if module == pattern.removeprefix("^") or module.endswith(f".{pattern}"):
-            return value
-    return default
+    names = (f"^{module}", *_ends(module))
+    found = (patterns[name] for name in names if name in patterns)
+    return min(found, key=itemgetter(0), default=(0, default))[1]
+
+
+def _ends(path: str) -> Iterator[str]:
+    """Yield a path, and what follows each of its dots."""
+    while path:
+        yield path
+        path = path.partition(".")[2]
 
 
 class _Mlx(_Reader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,47 @@ def test_patterns_of_other_modules(pattern: str, tmp_path: Path) -> None:
     assert {target.scale for target in adapter.targets} == {2.0}
 
 
+@pytest.mark.parametrize(
+    ("patterns", "alpha"),
+    [
+        ({"q_proj": 4, "self_attn.q_proj": 8}, 4),
+        ({"self_attn.q_proj": 8, "q_proj": 4}, 8),
+        ({".*\\.q_proj": 4, "q_proj": 8}, 4),
+        ({"q_proj": 8, ".*\\.q_proj": 4}, 8),
+        ({"^q_proj": 4, f"^{MODULE}": 8}, 8),
+    ],
+)
+def test_the_first_pattern_counts(patterns: dict[str, int], alpha: int, tmp_path: Path) -> None:
+    adapter = read_adapter(write_peft(tmp_path, alpha_pattern=patterns))
+    scales = {target.module: target.scale for target in adapter.targets}
+    assert scales[MODULE] == alpha / 2
+
+
+@pytest.mark.parametrize("field", ["target_parameters", "alpha_pattern", "rank_pattern"])
+def test_many_names_of_many_modules(field: str, tmp_path: Path) -> None:
+    """Each module is looked up by its own names, not compared with each of the configuration."""
+    shapes = {f"model.layers.{number}.mlp.up_proj": (4, 4) for number in range(100)}
+
+    def calls(count: int) -> int:
+        names = {f"n{number}.weight": 2 for number in range(count)}
+        value = list(names) if field == "target_parameters" else names
+        path = write_peft(tmp_path, shapes, **{field: value})
+        found = 0
+
+        def trace(_frame: object, event: str, _arg: object) -> None:
+            nonlocal found
+            found += event == "c_call"
+
+        sys.setprofile(trace)
+        try:
+            read_adapter(path)
+        finally:
+            sys.setprofile(None)
+        return found
+
+    assert calls(1010) - calls(10) < 20 * 1000
+
+
 def test_peft_embeddings(tmp_path: Path) -> None:
     """PEFT saves the base's weight with the adapter of an embedding, which is not a target."""
     copy = _tensor("model.embed_tokens.base_layer.weight", 10, 4)
@@ -151,6 +193,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown tensor": (
         lambda at: write_peft(at, extra=_tensor("lm_head.weight", 4, 4)),
         "unknown tensor 'base_model.model.lm_head.weight'",
+    ),
+    "long name": (
+        lambda at: write_mlx(at, {"a." * 128 + "b": (4, 4)}),
+        "a.a.a.: the name of a tensor has 264 characters, expected up to 256",
     ),
     "resized embedding": (
         lambda at: write_peft(
