@@ -157,6 +157,15 @@ def test_joined_tensors_are_refused(tmp_path: Path) -> None:
         read_layers(read_adapter(path), tiny.build(), tiny.config)
 
 
+@pytest.mark.parametrize("module", ["attention.wqkv", "feed_forward.w1"])
+def test_bases_whose_layers_have_other_names(module: str, tmp_path: Path) -> None:
+    """A GGUF file of InternLM2 is a Llama here, whose layers have other names than InternLM2's."""
+    tiny = TINY_MODELS["internlm2"]
+    adapter = read_adapter(write_mlx(tmp_path, {f"model.layers.0.{module}": (64, 64)}))
+    with pytest.raises(AdapterError, match=rf"layers\.0\.{module} is not in the model"):
+        read_layers(adapter, tiny.build(), tiny.config)
+
+
 @pytest.mark.parametrize(
     ("pairs", "fields", "message"),
     [
