@@ -302,14 +302,15 @@ class _Peft(_Reader):
             strength = self.number(_pattern(alphas, named, alpha), "alpha_pattern")
             scale = strength / (math.sqrt(own) if fields.get("use_rslora") else own)
             vector = parts.get("magnitude")
+            embedding = "lora_embedding_" in a.name
             target = Target(
                 module, own, a.shape[1], b.shape[0], scale, a.name, b.name,
                 vector.name if vector is not None else None,
-                embedding="lora_embedding_" in a.name,
+                embedding=embedding,
                 experts=experts,
                 layout=layout if wrapper in parameters else "module",
                 # A and B are those of a linear layer: only the base's weight is stored transposed.
-                conv1d=bool(fields.get("fan_in_fan_out")),
+                conv1d=bool(fields.get("fan_in_fan_out")) and not embedding,
             )  # fmt: skip
             if fields.get("use_dora") and vector is None:
                 raise self.fault(f"{module}: use_dora is set, but it has no magnitude")

@@ -406,6 +406,31 @@ def test_base_of_conv1d(tmp_path: Path) -> None:
         package_adapter("team/other:v1", wrong, "team/base:v1", store=store)
 
 
+def test_embeddings_are_not_conv1d(tmp_path: Path) -> None:
+    """PEFT's `fan_in_fan_out` is one for the whole adapter, but embeddings are not transposed."""
+    name = "model.embed_tokens"
+    path = write_peft(tmp_path, {name: (4, 10), **TARGETS}, fan_in_fan_out=True)
+    adapter = read_adapter(path)
+    assert {target.module: target.conv1d for target in adapter.targets} == {
+        name: False, **dict.fromkeys(TARGETS, True),
+    }  # fmt: skip
+    tensors = [
+        TensorInfo(f"{module}.weight", "F32", shape[::-1], 0, 0)
+        for module, shape in TARGETS.items()
+    ]
+    check_base(
+        adapter,
+        [*tensors, TensorInfo(f"{name}.weight", "F32", (10, 4), 0, 0)],
+        format="safetensors",
+    )
+    with pytest.raises(AdapterError, match=r"shape \[10, 4\], but the base has \[4, 10\]"):
+        check_base(
+            adapter,
+            [*tensors, TensorInfo(f"{name}.weight", "F32", (4, 10), 0, 0)],
+            format="safetensors",
+        )
+
+
 def test_gguf_adapter_of_safetensors(store: modelpack.Store, tmp_path: Path) -> None:
     """Its tensors have names of their own: only layers are compared."""
     file = write_gguf(tmp_path / "lora.gguf", {"blk.0.attn_q": (8, 4)})
