@@ -38,7 +38,7 @@ _EXPERT: Final = re.compile(r"(?P<block>.+)\.experts\.(?P<index>[0-9]{1,9})\.(?P
 #: Names of experts' layers in Mixtral's checkpoints and what mlx-lm calls them.
 _EXPERT_NAMES: Final = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 #: The layers whose rows llama.cpp's converter permutes.
-_ROTATED: Final = ("self_attn.q_proj", "self_attn.k_proj")
+_PERMUTED_LAYERS: Final = ("self_attn.q_proj", "self_attn.k_proj")
 #: Parameters of experts in transformers, and the layers of mlx-lm that they are.
 _PARAMETERS: Final[Mapping[type, Mapping[str, tuple[str, ...]]]] = {
     SwitchGLU: {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
@@ -93,14 +93,16 @@ def read_layers(
         name, module = modules.find(target.module)
         modules.check(target, name, module)
         kind = dtype or _dtype_of(module)
-        permuted = adapter.format != "gguf" and config.get(PERMUTED) and name.endswith(_ROTATED)
+        permuted = (
+            adapter.format != "gguf" and config.get(PERMUTED) and name.endswith(_PERMUTED_LAYERS)
+        )
         if permuted:
-            b = _pairs(b, config["head_dim"])
+            b = _permuted(b, config["head_dim"])
         gain = token_gain = None
         if target.magnitude is not None:
             magnitude = arrays[target.magnitude].reshape(-1).astype(mx.float32)
             if permuted:
-                magnitude = _pairs(magnitude, config["head_dim"])
+                magnitude = _permuted(magnitude, config["head_dim"])
             by_token = isinstance(module, EMBEDDINGS) and adapter.format == "mlx"
             if isinstance(module, EMBEDDINGS):
                 norm = mx.linalg.norm(weight_of(name, module) + a @ b, axis=1 if by_token else 0)
@@ -150,7 +152,7 @@ def _matrices(target: Target, arrays: Any) -> tuple[mx.array, mx.array]:
     return a, b * target.scale
 
 
-def _pairs(values: mx.array, head_dim: int) -> mx.array:
+def _permuted(values: mx.array, head_dim: int) -> mx.array:
     """Order the outputs [..., outputs] of queries or keys as llama.cpp's converter does.
 
     Numbers that are rotated together, from both halves of a head, follow each other.
