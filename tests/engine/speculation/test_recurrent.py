@@ -53,6 +53,10 @@ def engine_of(model: nn.Module, draft: LoadedModel | None = None, **given: objec
     return Engine(loaded_of(model), EngineConfig(**settings), draft=draft)  # type: ignore[arg-type]
 
 
+def drafting(model: nn.Module, draft: LoadedModel) -> Engine:
+    return engine_of(model, draft, speculative_method="draft", speculative_disable_by_batch_size=8)
+
+
 def ask(
     engine: Engine,
     max_tokens: int = 24,
@@ -145,9 +149,7 @@ def test_outputs_are_the_same_with_a_draft_model(
     model = configuration.build()
     plain = ask(engine_of(model), 60, FEW)
     draft = loaded_of(Configuration("llama", {"num_hidden_layers": 1}).build())
-    engine = engine_of(
-        model, draft, speculative_method="draft", speculative_disable_by_batch_size=8
-    )
+    engine = drafting(model, draft)
     assert find_layout(model).recurrent
     assert not [note for note in engine.notes if "no speculation" in note]
     for _ in range(2):  # the second time, from the prefix caches of both models
@@ -172,9 +174,7 @@ def test_a_recurrent_draft_model(
     model = target.build()
     plain = ask(engine_of(model), 60, FEW)
     draft = loaded_of(configuration.build())
-    engine = engine_of(
-        model, draft, speculative_method="draft", speculative_disable_by_batch_size=8
-    )
+    engine = drafting(model, draft)
     assert find_layout(draft.model).recurrent
     assert not [note for note in engine.notes if "no speculation" in note]
     for _ in range(2):
@@ -230,12 +230,7 @@ def test_a_draft_model_is_right_after_wrong_guesses(
         monkeypatch.setattr(StateRows, "go_back", lambda self, seq_id: None)
     model = configuration.build()
     plain = ask(engine_of(model), 60)
-    engine = engine_of(
-        model,
-        loaded_of(configuration.build()),
-        speculative_method="draft",
-        speculative_disable_by_batch_size=8,
-    )
+    engine = drafting(model, loaded_of(configuration.build()))
     check_all(plain, ask(engine, 60))
     stats = engine.stats()
     assert stats.proposed_tokens > right > 50
@@ -250,12 +245,7 @@ def test_a_draft_that_fails_leaves_no_states(
     """The next draft does not compute the failed step again."""
     model = configuration.build()
     plain = ask(engine_of(model), 60)
-    engine = engine_of(
-        model,
-        loaded_of(configuration.build()),
-        speculative_method="draft",
-        speculative_disable_by_batch_size=8,
-    )
+    engine = drafting(model, loaded_of(configuration.build()))
     assert engine._speculator is not None
     made = engine._speculator._proposer
     assert isinstance(made, DraftProposer)
