@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: Functions that fetch or open a model; `remote` says who has to have signed it.
 CHECKING = {
-    *("find_model", "find_any_part", "open_model", "open_embedder", "draft_files"),
+    *("find_model", "find_any_part", "open_model", "open_embedder", "draft_files", "with_drafter"),
     *("model_directory", "kept_bundle", "pull_locked", "smoke_test", "StoreCatalogue"),
     *("pull", "bundle", "resolve", "convert", "package", "complete"),
 }

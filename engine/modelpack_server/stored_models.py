@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import mlx.core as mx
 
 from modelpack.artifacts.model import Model
 from modelpack.errors import ModelpackError, UntrustedError
-from modelpack.formats.adapter import Adapter
+from modelpack.formats.adapter import Adapter, AdapterError
 from modelpack.formats.drafter import DrafterKind, drafter_kind
-from modelpack.operations.drafters import stored_drafter
+from modelpack.operations.drafters import stored_drafters
 from modelpack.operations.pull import find_model
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.resolve import has_packed_weights, unpacked_files
@@ -42,6 +43,8 @@ from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.speculation.speculator import DraftingHead
 
 _log = logging.getLogger(__name__)
+
+Loaded = TypeVar("Loaded")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,14 @@ class Opened:
 
         The context size in the model's config is the default of `max_model_len`.
         """
-        config = with_drafter(config or EngineConfig(), self.model, self.store)
-        draft = draft_files(config, self.store, self.remote)
-        return load_model(self, config, lambda _context, _bytes: config, draft)
+
+        def engine_of(chosen: EngineConfig) -> BaseEngine:
+            draft = draft_files(chosen, self.store, self.remote)
+            return load_model(self, chosen, lambda _context, _bytes: chosen, draft)
+
+        asked = config or EngineConfig()
+        chosen = with_drafter(asked, self.model, self.store, self.remote)
+        return load_with_drafter(asked, chosen, engine_of)
 
     def with_context_size(self, config: EngineConfig) -> EngineConfig:
         """Return `config` with the model's own context size as the default of `max_model_len`."""
@@ -249,15 +257,52 @@ def looks_for_drafter(config: EngineConfig) -> bool:
     return method is not None or config.backend == "mlx" or choose_device(config) != "cpu"
 
 
-def with_drafter(config: EngineConfig, model: Model, store: LayoutStore | None) -> EngineConfig:
-    """Return `config` with the stored drafter of `model`, if `looks_for_drafter`."""
+def with_drafter(
+    config: EngineConfig, model: Model, store: LayoutStore | None, remote: RemoteOptions | None
+) -> EngineConfig:
+    """Return `config` with a stored drafter of `model`, if `looks_for_drafter`.
+
+    It is the first by digest whose files can be opened and that satisfies the policy in `remote`.
+    Without such a one, raises what `draft_files` raised if `config` names EAGLE-3.
+    """
     if store is None or not looks_for_drafter(config):
         return config
-    digest = stored_drafter(model.digest, store)
-    if digest is None:
-        return config
-    _log.info("%s: drafts with %s", model.reference or model.digest, digest)
-    return replace(config, draft_model=str(digest))
+    name = model.reference or model.digest
+    failure: ModelpackError | None = None
+    for digest in stored_drafters(model.digest, store):
+        chosen = replace(config, draft_model=str(digest))
+        try:
+            draft_files(chosen, store, remote)
+        except ModelpackError as error:
+            _log.warning("%s: the drafter %s is not used: %s", name, digest, error)
+            failure = error
+        else:
+            _log.info("%s: drafts with %s", name, digest)
+            return chosen
+    if failure is not None and config.speculative_method is not None:
+        raise failure
+    return config
+
+
+def load_with_drafter(
+    asked: EngineConfig, chosen: EngineConfig, load: Callable[[EngineConfig], Loaded]
+) -> Loaded:
+    """Return what `load` returns for `chosen`, which is `asked` or has a drafter from the store.
+
+    If loading fails and the user did not ask for the drafter, load with `asked`.
+    """
+    if chosen is asked or asked.speculative_method is not None:
+        return load(chosen)
+    try:
+        return load(chosen)
+    except (LoadCancelledError, AdapterError):
+        raise
+    except ModelpackError as error:
+        failure = str(error)
+    gc.collect()  # the frames of the failed load are in cycles, with its weights
+    loaded = load(asked)
+    _log.warning("the drafter %s is not used: %s", chosen.draft_model, failure)
+    return loaded
 
 
 def draft_files(

@@ -119,7 +119,6 @@ def _config(directory: Path) -> dict[str, Any]:
     return found
 
 
-def stored_drafter(model: Digest, store: LayoutStore) -> Digest | None:
-    """Return the digest of a stored drafter of the model, the first by digest; None without one."""
-    found = store.referrers(model, media_types.DRAFTER)
-    return found[0].digest if found else None
+def stored_drafters(model: Digest, store: LayoutStore) -> list[Digest]:
+    """Return the digests of the stored drafters of the model, sorted."""
+    return [found.digest for found in store.referrers(model, media_types.DRAFTER)]

@@ -195,7 +195,7 @@ class StoreCatalogue:
         if self.ranks is not None:
             weights //= self.ranks.size
         else:
-            config = with_drafter(config, opened.model, self.store)
+            config = with_drafter(config, opened.model, self.store, self.remote)
         if config.uses_draft_model and isinstance(config.draft_model, str):
             draft = stored_model(self.store, config.draft_model)
             weights += self._loaded_bytes(self.store, draft, config)
@@ -242,6 +242,7 @@ class StoreCatalogue:
             draft_files,
             load_model,
             load_on_ranks,
+            load_with_drafter,
             with_drafter,
         )
 
@@ -271,31 +272,35 @@ class StoreCatalogue:
             )
             _wait_until_ready(embedder)
             return LoadedEngine(embedder, embedder.model.config.architecture)
-        chosen = settings.engine_config(self.config)
-        if self.ranks is None:
-            chosen = with_drafter(chosen, opened.model, self.store)
         merged = self.adapters.merged_into(model.key)
         if merged is not None:
             opened, adapters = opened.with_adapter(merged.verified(self.remote), merged.key), ()
-        chosen = self._with_slots(chosen, model.key, opened.files)
-        draft = draft_files(chosen, self.store, self.remote)
-
         if "gpu_memory_utilization" in settings.engine_fields():
             room = None  # the model's own settings say how much memory it may use
-        config = partial(_within, chosen, self.adapters.bytes_of(model.key), room)
-        make_engine: Callable[[], BaseEngine]
-        if self.ranks is None:
-            files = replace(opened, store=None, remote=None)  # what is left to do needs neither
-            make_engine = partial(load_model, files, chosen, config, draft)
-        else:
-            make_engine = partial(load_on_ranks, self.ranks, opened, self.config, config)
-        engine: EngineClient
-        if self._engine_process:
-            engine = ProcessEngine(make_engine, meter)
-        else:
-            engine = AsyncEngine(make_engine, meter)
-        try:
+
+        def started(chosen: EngineConfig) -> EngineClient:
+            chosen = self._with_slots(chosen, model.key, opened.files)
+            config = partial(_within, chosen, self.adapters.bytes_of(model.key), room)
+            draft = draft_files(chosen, self.store, self.remote)
+            make_engine: Callable[[], BaseEngine]
+            if self.ranks is None:
+                files = replace(opened, store=None, remote=None)  # what is left needs neither
+                make_engine = partial(load_model, files, chosen, config, draft)
+            else:
+                make_engine = partial(load_on_ranks, self.ranks, opened, self.config, config)
+            engine: EngineClient
+            if self._engine_process:
+                engine = ProcessEngine(make_engine, meter)
+            else:
+                engine = AsyncEngine(make_engine, meter)
             _wait_until_ready(engine)
+            return engine
+
+        asked = chosen = settings.engine_config(self.config)
+        if self.ranks is None:
+            chosen = with_drafter(asked, opened.model, self.store, self.remote)
+        try:
+            engine = load_with_drafter(asked, chosen, started)
         except AdapterError as error:
             raise (error if merged is None else merged.misfit(error)) from error
         try:

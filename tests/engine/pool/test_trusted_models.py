@@ -15,6 +15,7 @@ import modelpack
 from modelpack.operations import archives, signatures
 from modelpack.operations.archives import import_archive
 from modelpack.operations.drafters import package_drafter
+from modelpack.operations.package import PackageRequest
 from modelpack.operations.remote import RemoteOptions
 from modelpack.operations.trust import trusted_import
 from modelpack.registry import RetryPolicy
@@ -24,14 +25,16 @@ from modelpack.testing import registry
 from modelpack.trust.keys import PrivateKey, generate_key_pair, read_private_key
 from modelpack.trust.policy import Trust
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import ModelFiles
 from modelpack_engine.models.eagle import EagleHead, load_head
 from modelpack_server import stored_models
 from modelpack_server.api.app import create_app
 from modelpack_server.pool.pool import ModelPool
+from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
-from modelpack_server.stored_models import open_model
+from modelpack_server.stored_models import open_model, with_drafter
 from tests.engine.serving.tiny import write_tiny
 from tests.engine.speculation.test_eagle import write_head
 
@@ -253,14 +256,21 @@ def test_a_trusted_import_stays(world: World) -> None:
 
 
 def test_a_drafter_that_is_found_has_to_be_signed_too(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The model runs without one that is not, unless the user asks for it."""
     head = tmp_path / "head"
     head.mkdir()
     write_head(head)
     modelpack.pull(world.good, store=world.store)
-    name = f"{world.host}/team/good:v1-eagle"
-    package_drafter(name, head, world.good, push=True, store=world.store)
+    made = {}
+    for tag in ("v1-one", "v1-two"):  # of different digests
+        name = f"{world.host}/team/good:{tag}"
+        request = PackageRequest(annotations={"tag": tag})
+        packaged = package_drafter(
+            name, head, world.good, request=request, push=True, store=world.store
+        )
+        made[packaged.digest] = name
     opened = open_model(world.good, pull=False, store=world.store, remote=world.remote)
     config = replace(CONFIG, backend="mlx")
     read: list[ModelFiles] = []
@@ -269,10 +279,37 @@ def test_a_drafter_that_is_found_has_to_be_signed_too(
         read.append(files)
         return load_head(files)
 
+    def chosen() -> str | Path | None:
+        return with_drafter(config, opened.model, world.store, world.remote).draft_model
+
     monkeypatch.setattr(stored_models, "load_head", noted)
-    with pytest.raises(modelpack.errors.UntrustedError, match="is not signed"):
-        opened.engine(config)
+    assert isinstance(opened.engine(config), Engine)
     assert not read
-    signatures.sign(name, world.key)
+    assert all(f"the drafter {digest} is not used: " in caplog.text for digest in made)
+    for asked in ({"speculative_method": "eagle3"}, {"draft_model": next(iter(made.values()))}):
+        with pytest.raises(modelpack.errors.UntrustedError, match="is not signed"):
+            opened.engine(replace(config, **asked))  # type: ignore[arg-type]
+    assert not read
+    first, second = sorted(made, key=str)
+    signatures.sign(made[second], world.key)
+    assert chosen() == str(second)
     assert isinstance(opened.engine(config), Engine)
     assert len(read) == 1
+    signatures.sign(made[first], world.key)
+    assert chosen() == str(first)
+
+
+def test_a_server_with_a_new_policy_runs_models_without_drafters_of_before(
+    world: World, tmp_path: Path
+) -> None:
+    head = tmp_path / "head"
+    head.mkdir()
+    write_head(head)
+    modelpack.pull(world.good, store=world.store)
+    package_drafter(f"{world.host}/team/good:v1-eagle", head, world.good, push=True,
+                    store=world.store)  # fmt: skip
+    catalogue = StoreCatalogue(world.store, replace(CONFIG, backend="mlx"), remote=world.remote)
+    found = catalogue.find(world.good)
+    plain = ModelSettings(engine={"speculative_method": "none"})
+    assert catalogue.needs(found, ModelSettings()) == catalogue.needs(found, plain)
+    catalogue.load(found, ModelSettings(), Meter(), None).engine.close()

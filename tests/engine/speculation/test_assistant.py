@@ -377,7 +377,7 @@ def test_the_store_has_it_beside_its_model(kind: str, tmp_path: Path) -> None:
     without = opened.engine(config)
     made = package_drafter("ai/gemma:drafter", tmp_path / "drafter", "ai/gemma", store=store)
     assert made.manifest.annotations["org.modelpack.drafter"] == "gemma4-assistant"
-    assert with_drafter(config, opened.model, store).draft_model == str(made.digest)
+    assert with_drafter(config, opened.model, store, None).draft_model == str(made.digest)
     engine = opened.engine(config)
     assert isinstance(engine, Engine)
     assert engine.weight_bytes > without.weight_bytes

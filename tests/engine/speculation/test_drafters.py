@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
 
 import modelpack
 from modelpack.artifacts import media_types
+from modelpack.artifacts.digest import Digest
 from modelpack.errors import ModelpackError, NotFoundError
-from modelpack.operations.drafters import package_drafter, stored_drafter
+from modelpack.operations import drafters
+from modelpack.operations.drafters import package_drafter, stored_drafters
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.engine import Engine
-from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.errors import EngineError, LoadCancelledError, ModelLoadError
+from modelpack_engine.models import load
 from modelpack_engine.request import SamplingParams
+from modelpack_server import stored_models
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import open_model, with_drafter
@@ -52,13 +59,13 @@ def store(tmp_path: Path) -> LayoutStore:
 
 def test_the_engine_finds_the_drafter_of_its_model(store: LayoutStore, head: Path) -> None:
     opened = open_model("ai/tiny", pull=False, store=store)
-    assert with_drafter(CONFIG, opened.model, store) == CONFIG
+    assert with_drafter(CONFIG, opened.model, store, None) == CONFIG
     made = package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
     assert made.manifest.artifact_type == media_types.DRAFTER
     assert made.manifest.subject is not None
     assert made.manifest.subject.digest == opened.model.digest
     assert made.manifest.annotations[media_types.BASE_DIGEST] == str(opened.model.digest)
-    assert stored_drafter(opened.model.digest, store) == made.digest
+    assert stored_drafters(opened.model.digest, store) == [made.digest]
     engine = opened.engine(CONFIG)
     assert isinstance(engine, Engine)
     assert proposer_of(engine).head
@@ -72,9 +79,9 @@ def test_the_engine_finds_the_drafter_of_its_model(store: LayoutStore, head: Pat
         "CPU kernels": replace(CONFIG, backend="auto"),
     }
     for config in chosen.values():
-        assert with_drafter(config, opened.model, store) == config
+        assert with_drafter(config, opened.model, store, None) == config
     wanted = with_drafter(replace(chosen["CPU kernels"], speculative_method="eagle3"),
-                          opened.model, store)  # fmt: skip
+                          opened.model, store, None)  # fmt: skip
     assert wanted.draft_model == str(made.digest)
 
 
@@ -95,6 +102,86 @@ def test_the_server_finds_it_and_lists_no_drafter_as_a_model(
         open_model("ai/tiny:eagle", pull=False, store=store).engine(CONFIG)
 
 
+# Heads that the engine rejects once its model is loaded, by the tensors and by the model.
+MISFITS: dict[str, tuple[dict[str, Any], Any]] = {
+    "fc": ({}, {**without(""), "fc.weight": mx.zeros((64, 96))}),
+    "hidden size": ({"target_hidden_size": 32}, {**without(""), "fc.weight": mx.zeros((64, 96))}),
+    "vocabulary": ({"vocab_size": 300}, None),
+}
+
+
+def attach_misfit(
+    store: LayoutStore, head: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> Digest:
+    """Package a head that does not fit the model, as another client may."""
+    config, tensors = MISFITS[kind]
+    write_head(head, {**PUBLISHED, **config}, tensors)
+    with monkeypatch.context() as patched:
+        patched.setattr(drafters, "check_drafter", lambda *_: "eagle3")
+        return package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store).digest
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+@pytest.mark.parametrize("served", [False, True])
+def test_a_model_runs_without_a_drafter_that_does_not_load(
+    store: LayoutStore, head: Path, kind: str, served: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Only if the drafter was found: one that the user asks for is an error."""
+    made = attach_misfit(store, head, kind, monkeypatch)
+    catalogue = StoreCatalogue(store, CONFIG)
+    found, opened = catalogue.find("ai/tiny"), open_model("ai/tiny", pull=False, store=store)
+    models: list[weakref.ref[Any]] = []
+
+    def loaded(*given: Any, **options: Any) -> Any:
+        assert not any(model() for model in models), "a failed load still has its weights"
+        result = load(*given, **options)
+        models.append(weakref.ref(result.model))
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stored_models, "load", loaded)
+        if served:
+            catalogue.load(found, ModelSettings(), Meter(), None).engine.close()
+        else:
+            engine = opened.engine(CONFIG)
+            params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+            [events] = engine.generate([[1, 2, 3]], params)
+            assert [t for event in events for t in event.token_ids] == reference_tokens(
+                [1, 2, 3], 4
+            )
+            assert engine.stats().num_proposals == 0
+    assert len(models) == 2
+    [warning] = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert warning.startswith(f"the drafter {made} is not used: ")
+    for asked in ({"speculative_method": "eagle3"}, {"draft_model": str(made)}):
+        with pytest.raises(EngineError):
+            catalogue.load(found, ModelSettings(engine=asked), Meter(), None)
+        with pytest.raises(EngineError):
+            opened.engine(replace(CONFIG, **asked))  # type: ignore[arg-type]
+
+
+def test_a_failure_of_the_model_is_not_blamed_on_its_drafter(
+    store: LayoutStore, head: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
+    tried: list[ModelLoadError] = []
+
+    def failing(*_: Any, **__: Any) -> Any:
+        tried.append(ModelLoadError(f"try {len(tried)}"))
+        raise tried[-1]
+
+    monkeypatch.setattr(stored_models, "load", failing)
+    with pytest.raises(ModelLoadError, match="try 1"):
+        open_model("ai/tiny", pull=False, store=store).engine(CONFIG)
+    assert "is not used" not in caplog.text
+    cancelled = LoadCancelledError("nobody waits")
+    monkeypatch.setattr(stored_models, "load", Mock(side_effect=[cancelled]))  # one try
+    with pytest.raises(LoadCancelledError):
+        open_model("ai/tiny", pull=False, store=store).engine(CONFIG)
+
+
 def test_by_command_and_over_a_registry(store: LayoutStore, head: Path, tmp_path: Path) -> None:
     with registry() as server:
         where = f"{server.host}/team/tiny"
@@ -109,7 +196,7 @@ def test_by_command_and_over_a_registry(store: LayoutStore, head: Path, tmp_path
         other = LayoutStore(tmp_path / "other")
         succeed("pull", f"{where}:v1", "--with-referrers", "--store", other.root, "--plain-http")
         opened = open_model(f"{where}:v1", pull=False, store=other)
-    found = with_drafter(CONFIG, opened.model, other)
+    found = with_drafter(CONFIG, opened.model, other, None)
     assert found.draft_model is not None
     assert proposer_of(opened.engine(CONFIG)).head  # type: ignore[arg-type]
 

@@ -21,7 +21,7 @@ from modelpack.cli.options import Settings
 from modelpack.errors import InterruptedTransferError, ModelpackError
 from modelpack.operations import signatures
 from modelpack.operations.adapters import package_adapter
-from modelpack.operations.drafters import package_drafter, stored_drafter
+from modelpack.operations.drafters import package_drafter, stored_drafters
 from modelpack.operations.package import PackageRequest
 from modelpack.operations.referrers import attach
 from modelpack.operations.remote import RemoteOptions
@@ -101,7 +101,9 @@ class World:
             self.name, drafter=drafter, store=self.store, remote=remote, progress=note
         )
         assert self.store.missing(opened.model.descriptor) == ()
-        return stored_drafter(opened.model.digest, self.store)
+        found = stored_drafters(opened.model.digest, self.store)
+        assert len(found) <= 1
+        return found[0] if found else None
 
 
 @pytest.fixture(params=["api", "tags"])
@@ -243,7 +245,7 @@ def test_a_stop_is_no_failure_of_the_drafter(world: World) -> None:
     with pytest.raises(InterruptedTransferError):
         modelpack.pull(world.name, drafter=True, store=world.store, remote=ONCE,
                        progress=stopping, stop=stop)  # fmt: skip
-    assert stored_drafter(world.model, world.store) is None
+    assert stored_drafters(world.model, world.store) == []
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +280,7 @@ def test_the_base_of_an_adapter_is_pulled_with_its_drafter(world: World, tmp_pat
     settings = Settings(store_root=str(world.store.root), quiet=True)
     with ModelSources(settings, ONCE, drafter=True) as sources:
         sources.open(f"{world.host}/team/one:v1")
-    assert stored_drafter(world.model, world.store) == made
+    assert stored_drafters(world.model, world.store) == [made]
 
 
 @api_only
@@ -314,7 +316,7 @@ def test_commands(
     )  # fmt: skip
     assert done.code in (0, 1), done.err  # smoke finds the response of random weights empty
     assert "served" in done.err if command == "serve" else "error: " not in done.err
-    assert stored_drafter(world.model, world.store) == (made if fetched else None)
+    assert stored_drafters(world.model, world.store) == ([made] if fetched else [])
 
 
 @api_only
@@ -334,7 +336,7 @@ def test_requests_that_pull(
     with TestClient(create_app(pool)) as http:
         reply = http.post(path, json=filled)
     assert reply.status_code == 200, reply.text
-    assert stored_drafter(world.model, world.store) == (made if speculates else None)
+    assert stored_drafters(world.model, world.store) == ([made] if speculates else [])
 
 
 @tags_only
