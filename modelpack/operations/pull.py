@@ -149,8 +149,8 @@ def pull(
     and stored with the model.
 
     With `drafter`, the drafter that is packaged beside the model is fetched too, unless the store
-    has one. The policy applies to it as to the model. A drafter that is not trusted or cannot be
-    fetched is reported as a note: the model runs without it.
+    has one. The policy applies to it as to the model. A drafter that is not trusted, is larger
+    than the model or cannot be fetched is reported as a note: the model runs without it.
 
     Raises `UntrustedError`, `NotFoundError`, `AuthError`, `IntegrityError`,
     `RemoteUnavailableError`, `StorageFullError` and `UnsupportedError`.
@@ -182,19 +182,23 @@ def pull(
                 store.note_origin([one.descriptor.digest for one in done.referrers], origin.name)
             missing = store.missing(descriptor)
         if drafter:
-            _pull_drafter(source, origin.name, descriptor.digest, store, options, watch)
+            _pull_drafter(source, origin.name, document, store, options, watch)
     return Pulled(where, descriptor.digest, done.model, missing, done.referrers)
 
 
 def _pull_drafter(
     source: ReferrerSource,
     origin: str,
-    model: Digest,
+    document: Manifest,
     store: LayoutStore,
     options: RemoteOptions,
     watch: Watch,
 ) -> None:
-    """Fetch the first drafter of the model that is trusted and arrives whole; note the others."""
+    """Fetch the first drafter of the model that is trusted and arrives whole; note the others.
+
+    `document` is the model's manifest. A drafter that is larger than the model is not fetched.
+    """
+    model = document.digest
     if store.referrers(model, media_types.DRAFTER):
         return
     listed: Sequence[Descriptor] = ()
@@ -211,6 +215,9 @@ def _pull_drafter(
                 raise ManifestError("its manifest is not that of a drafter")
             if subject.digest != model:
                 raise ManifestError(f"it drafts for {subject.digest}")
+            size, most = manifest.total_size, document.total_size
+            if size > most:
+                raise ManifestError(f"it has {size} bytes, more than the model's {most}")
             signatures = _trusted_signatures(options, source, (origin,), manifest)
             with store.lease(blob.digest for blob in (*manifest.blobs, found)):
                 # One blob at a time: parallel transfers stop the whole pull when one fails.

@@ -102,9 +102,10 @@ class Catalogue(Protocol):
     def stored(self) -> Sequence[StoredModel]:
         """Return all models."""
 
-    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+    def needs(self, model: StoredModel, settings: ModelSettings, limit: int | None = None) -> int:
         """Return an estimate of the loaded model's memory, in bytes.
 
+        A drafter that the user did not ask for is left out if it would exceed `limit` bytes.
         Raises `ModelLoadError` for settings that the model cannot have, such as a longer context.
         """
 

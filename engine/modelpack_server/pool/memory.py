@@ -45,6 +45,13 @@ class MemoryBudget:
             return None
         return self.total - self.abandoned - sum(entry.memory for entry in self._entries)
 
+    def obtainable(self, but: Entry) -> int | None:
+        """Return the bytes that are free once all idle models but one are unloaded."""
+        free = self.free()
+        if free is None:
+            return None
+        return free + sum(e.memory for e in self._entries if e is not but and e.may_go)
+
     def reserve(self, entry: Entry, need: int) -> int | None:
         """Reserve memory for a load; return the bytes that it may use.
 

@@ -682,7 +682,8 @@ class ModelPool:
         While other models are loading, it waits for the memory that they may free.
         """
         with applied(budget):
-            need = await asyncio.to_thread(self.catalogue.needs, entry.stored, settings)
+            limit = self._budget.obtainable(entry)
+            need = await asyncio.to_thread(self.catalogue.needs, entry.stored, settings, limit)
         async with self._room:
             while (free := self._budget.free()) is not None and need > free:
                 victim = self._budget.victim(entry)

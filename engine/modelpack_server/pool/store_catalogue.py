@@ -166,8 +166,11 @@ class StoreCatalogue:
                     found.append(self._described(store, model, names, origins))
         return found
 
-    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
-        """Return an estimate of the loaded model's memory, in bytes."""
+    def needs(self, model: StoredModel, settings: ModelSettings, limit: int | None = None) -> int:
+        """Return an estimate of the loaded model's memory, in bytes.
+
+        A drafter that the user did not ask for is left out if it would exceed `limit` bytes.
+        """
         from modelpack_engine.models.adapter import dense_bytes
         from modelpack_engine.platform.device import choose_device
         from modelpack_engine.speech.loader import loaded_bytes
@@ -194,16 +197,26 @@ class StoreCatalogue:
             )
         if self.ranks is not None:
             weights //= self.ranks.size
-        else:
-            config = with_drafter(config, opened.model, self.store, self.remote)
-        if config.uses_draft_model and isinstance(config.draft_model, str):
-            draft = stored_model(self.store, config.draft_model)
-            weights += self._loaded_bytes(self.store, draft, config)
         weights += self.adapters.bytes_of(model.key)
         adapter = self._merged(model.key, opened.files)
         if adapter is not None and is_quantised(opened.files):
             weights += dense_bytes(adapter)
-        return weights + (config.kv_cache_bytes or _KV_BYTES)
+        need = weights + (config.kv_cache_bytes or _KV_BYTES)
+        drafting = config
+        if self.ranks is None:
+            drafting = with_drafter(config, opened.model, self.store, self.remote)
+        optional = drafting is not config and config.speculative_method is None
+        if drafting.uses_draft_model and isinstance(drafting.draft_model, str):
+            try:
+                draft = stored_model(self.store, drafting.draft_model)
+                with_draft = need + self._loaded_bytes(self.store, draft, drafting)
+            except ModelpackError:
+                if not optional:
+                    raise
+                return need  # `load` says why it is not used
+            if not optional or limit is None or with_draft <= limit:
+                return with_draft
+        return need
 
     def _with_slots(self, config: EngineConfig, key: str, files: ModelFiles) -> EngineConfig:
         """Return `config` with slots for adapters, if the model has some or is to have some.
@@ -275,6 +288,13 @@ class StoreCatalogue:
         merged = self.adapters.merged_into(model.key)
         if merged is not None:
             opened, adapters = opened.with_adapter(merged.verified(self.remote), merged.key), ()
+        asked = chosen = settings.engine_config(self.config)
+        if self.ranks is None:
+            chosen = with_drafter(asked, opened.model, self.store, self.remote)
+        optional = chosen is not asked and asked.speculative_method is None
+        if optional and room is not None and self.needs(model, settings) > room:
+            _log.warning("the drafter %s is not used: no memory for it", chosen.draft_model)
+            chosen = asked
         if "gpu_memory_utilization" in settings.engine_fields():
             room = None  # the model's own settings say how much memory it may use
 
@@ -296,9 +316,6 @@ class StoreCatalogue:
             _wait_until_ready(engine)
             return engine
 
-        asked = chosen = settings.engine_config(self.config)
-        if self.ranks is None:
-            chosen = with_drafter(asked, opened.model, self.store, self.remote)
         try:
             engine = load_with_drafter(asked, chosen, started)
         except AdapterError as error:

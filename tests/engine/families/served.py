@@ -65,7 +65,7 @@ class EnginesCatalogue:
             for name in self.engines
         ]
 
-    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+    def needs(self, model: StoredModel, settings: ModelSettings, limit: int | None = None) -> int:
         return 7
 
     def load(

@@ -91,7 +91,7 @@ class Shelf:
     def stored(self) -> Sequence[StoredModel]:
         return [self.find(name) for name in self.sizes]
 
-    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+    def needs(self, model: StoredModel, settings: ModelSettings, limit: int | None = None) -> int:
         if (settings.context_size or 0) > MOST_CONTEXT:
             raise ModelLoadError(f"this model's context is {MOST_CONTEXT}")
         return model.size

@@ -37,7 +37,7 @@ class ScriptedCatalogue:
     def stored(self) -> list[StoredModel]:
         return [StoredModel("sha256:m", ("m", "ai/m:v1"), size=7, architecture="llama")]
 
-    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+    def needs(self, model: StoredModel, settings: ModelSettings, limit: int | None = None) -> int:
         return 7
 
     def load(

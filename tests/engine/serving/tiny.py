@@ -121,7 +121,7 @@ class TinyCatalogue:
     def stored(self) -> list[StoredModel]:
         return [StoredModel("sha256:tiny", self.NAMES, size=1000, context_size=CONTEXT)]
 
-    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+    def needs(self, model: StoredModel, settings: ModelSettings, limit: int | None = None) -> int:
         return 1000
 
     def load(

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
+from starlette.testclient import TestClient
 
 import modelpack
 from modelpack.artifacts import media_types
@@ -21,6 +22,7 @@ from modelpack.operations.drafters import package_drafter, stored_drafters
 from modelpack.operations.package import PackageRequest
 from modelpack.store.layout import LayoutStore
 from modelpack.testing import registry
+from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.config import EngineConfig
 from modelpack_engine.core.metrics import Meter
 from modelpack_engine.engine import Engine
@@ -28,6 +30,8 @@ from modelpack_engine.errors import EngineError, LoadCancelledError, ModelLoadEr
 from modelpack_engine.models import load
 from modelpack_engine.request import SamplingParams
 from modelpack_server import stored_models
+from modelpack_server.api.app import create_app
+from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.settings import ModelSettings
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from modelpack_server.stored_models import open_model, with_drafter
@@ -159,6 +163,57 @@ def test_a_model_runs_without_a_drafter_that_does_not_load(
             catalogue.load(found, ModelSettings(engine=asked), Meter(), None)
         with pytest.raises(EngineError):
             opened.engine(replace(CONFIG, **asked))  # type: ignore[arg-type]
+
+
+def test_a_drafter_that_has_no_room_is_left_out(store: LayoutStore, head: Path) -> None:
+    package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
+    catalogue, drafts = StoreCatalogue(store, CONFIG), ModelSettings()
+    model = catalogue.find("ai/tiny")
+    both = catalogue.needs(model, drafts)
+    alone = catalogue.needs(model, ModelSettings(engine={"speculative_method": "none"}))
+    asked = ModelSettings(engine={"speculative_method": "eagle3"})
+    for settings, limit, expected in (
+        (drafts, both, both), (drafts, both - 1, alone), (drafts, 1, alone), (asked, 1, both),
+    ):  # fmt: skip
+        assert catalogue.needs(model, settings, limit) == expected
+    for room in (both, both - 1):
+        engine = catalogue.load(model, drafts, Meter(), room).engine
+        try:
+            assert isinstance(engine, AsyncEngine)
+            assert isinstance(engine._model, Engine)
+            assert (engine._model._speculator is not None) == (room == both)
+        finally:
+            engine.close()
+
+
+@pytest.mark.parametrize("method", [None, "eagle3"])
+def test_a_server_with_memory_for_the_model_alone(
+    store: LayoutStore, head: Path, method: str | None
+) -> None:
+    package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
+    catalogue = StoreCatalogue(store, CONFIG)
+    both = catalogue.needs(catalogue.find("ai/tiny"), ModelSettings())
+    settings = ModelSettings(engine={"speculative_method": method} if method else {})
+    pool = ModelPool(catalogue, settings=settings, memory=both - 1, grace=0.0)
+    body = {"model": "ai/tiny", "prompt": [1, 2, 3], "max_tokens": 2}
+    with TestClient(create_app(pool)) as http:
+        reply = http.post("/v1/completions", json=body)
+    assert (reply.status_code == 200) == (method is None), reply.text
+
+
+def test_a_drafter_without_a_readable_config(
+    store: LayoutStore, head: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be sized either."""
+    with monkeypatch.context() as patched:
+        patched.setattr(drafters, "check_drafter", lambda *_: "eagle3")
+        patched.setattr(drafters, "_config", lambda _: {})
+        (head / "config.json").write_text("[" * 5000)
+        package_drafter("ai/tiny:eagle", head, "ai/tiny", store=store)
+    catalogue = StoreCatalogue(store, CONFIG)
+    model = catalogue.find("ai/tiny")
+    assert catalogue.needs(model, ModelSettings()) > 0
+    catalogue.load(model, ModelSettings(), Meter(), None).engine.close()
 
 
 def test_a_failure_of_the_model_is_not_blamed_on_its_drafter(

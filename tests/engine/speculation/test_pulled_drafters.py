@@ -74,17 +74,22 @@ class World:
     def model(self) -> Digest:
         return self.origin.resolve(self.name).digest
 
-    def attach_drafter(self, tag: str = "v1-eagle") -> Digest:
-        """Package one of several different heads."""
+    def attach_drafter(self, tag: str = "v1-eagle", padding: int = 0) -> Digest:
+        """Package one of several different heads, with a file of `padding` bytes."""
         directory = self.heads / tag
         directory.mkdir(parents=True)
         write_head(directory)
+        if padding:
+            (directory / "LICENSE").write_text(" " * padding)
         request = PackageRequest(annotations={"tag": tag})
         made = package_drafter(
             f"{self.host}/team/tiny:{tag}", directory, self.name, request=request, push=True,
             store=self.origin, remote=ONCE,
         )  # fmt: skip
         return made.digest
+
+    def manifest(self, digest: Digest) -> Manifest:
+        return Manifest.parse(self.origin.fetch_manifest(self.origin.resolve(str(digest))), "")
 
     def fault(self, method: str, path: str, fault: Fault) -> None:
         assert self.faulty is not None
@@ -186,14 +191,26 @@ def test_missing_layers_are_pulled_with_the_drafter(world: World) -> None:
 )
 def test_a_drafter_that_cannot_be_fetched(world: World, path: str, fault: Fault, says: str) -> None:
     made = world.attach_drafter()
-    manifest = Manifest.parse(world.origin.fetch_manifest(world.origin.resolve(str(made))), "")
-    weights = max(manifest.blobs, key=lambda blob: blob.size)
+    weights = max(world.manifest(made).blobs, key=lambda blob: blob.size)
     world.fault("GET", path.format(drafter=made, blob=weights.digest), fault)
     assert world.open() is None
     assert len(world.notes) == 1
     assert says in world.notes[0]
     opened = open_model(world.name, pull=False, store=world.store)
     assert opened.engine(CONFIG)
+
+
+def test_a_drafter_that_is_larger_than_the_model(world: World) -> None:
+    """Its manifest says its size, so none of its files is fetched."""
+    most = world.manifest(world.model).total_size
+    large = world.attach_drafter("large", padding=most)
+    size = world.manifest(large).total_size
+    assert world.open() is None
+    says = f"@{large} is not used: it has {size} bytes, more than the model's {most}"
+    [note] = world.notes
+    assert note.endswith(says)
+    for blob in world.manifest(large).layers:
+        assert world.store.has_file(blob.digest) == (blob in world.manifest(world.model).layers)
 
 
 @tags_only

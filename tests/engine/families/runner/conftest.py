@@ -36,7 +36,7 @@ class StoredScripts(StoreCatalogue):
         self.gate = threading.Event()
         self.gate.set()
 
-    def needs(self, model: StoredModel, settings: ModelSettings) -> int:
+    def needs(self, model: StoredModel, settings: ModelSettings, limit: int | None = None) -> int:
         return 1000
 
     def load(
