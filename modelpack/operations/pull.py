@@ -149,8 +149,9 @@ def pull(
     and stored with the model.
 
     With `drafter`, the drafter that is packaged beside the model is fetched too, unless the store
-    has one. The policy applies to it as to the model. A drafter that is not trusted, is larger
-    than the model or cannot be fetched is reported as a note: the model runs without it.
+    has one: of the first 8 by digest, the first that can be used. The policy applies to it as to
+    the model. A drafter that is not trusted, is larger than the model or cannot be fetched is
+    reported as a note, and so are more than 8 drafters: the model runs without.
 
     Raises `UntrustedError`, `NotFoundError`, `AuthError`, `IntegrityError`,
     `RemoteUnavailableError`, `StorageFullError` and `UnsupportedError`.
@@ -196,15 +197,21 @@ def _pull_drafter(
 ) -> None:
     """Fetch the first drafter of the model that is trusted and arrives whole; note the others.
 
-    `document` is the model's manifest. A drafter that is larger than the model is not fetched.
+    `document` is the model's manifest. Of the drafters, `_MAX_DRAFTERS` are tried, the first by
+    digest. One that is larger than the model is not fetched.
     """
     model = document.digest
     if store.referrers(model, media_types.DRAFTER):
         return
     listed: Sequence[Descriptor] = ()
     with _optional(f"{origin}@{model}: its drafters cannot be listed", watch):
-        listed = source.referrers(model, media_types.DRAFTER)[:_MAX_DRAFTERS]
-    for found in listed:
+        listed = source.referrers(model, media_types.DRAFTER)
+    if len(listed) > _MAX_DRAFTERS:
+        message = (
+            f"{origin}@{model} has {len(listed)} drafters; the first {_MAX_DRAFTERS} are tried"
+        )
+        watch.report(Progress(Action.NOTE, message=message))
+    for found in listed[:_MAX_DRAFTERS]:
         what = f"{origin}@{found.digest}"
         with _optional(f"the drafter {what} is not used", watch):
             raw = source.fetch_manifest(found)

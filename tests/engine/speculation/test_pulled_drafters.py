@@ -251,6 +251,27 @@ def test_a_list_that_names_something_else(
 
 
 @tags_only
+@pytest.mark.parametrize("others", [7, 8])
+def test_a_drafter_behind_many_others(world: World, others: int) -> None:
+    """The first eight by digest are tried; a note says that there are more."""
+    assert world.faulty is not None
+    made = world.attach_drafter()
+    real = world.manifest(made).descriptor
+    first = [
+        Descriptor(media_types.OCI_MANIFEST, Digest("sha256", f"{n:064x}"), 7)
+        for n in range(others)
+    ]
+    entries = [{**one.to_json(), "artifactType": media_types.DRAFTER} for one in (*first, real)]
+    index = {"schemaVersion": 2, "mediaType": media_types.OCI_INDEX, "manifests": entries}
+    world.faulty.put_manifest(encode(index), fallback_tag(world.model), repository="team/tiny",
+                              media_type=media_types.OCI_INDEX)  # fmt: skip
+    assert world.open() == (made if others == 7 else None)
+    cut = [note for note in world.notes if "has 9 drafters; the first 8 are tried" in note]
+    assert len(cut) == (others == 8)
+    assert len(world.notes) == others + len(cut)
+
+
+@tags_only
 def test_a_stop_is_no_failure_of_the_drafter(world: World) -> None:
     made = world.attach_drafter()
     stop = Stop()
