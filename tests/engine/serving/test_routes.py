@@ -191,7 +191,7 @@ def test_the_pool_is_told_and_managed(api: Scripted) -> None:
 
 
 def test_a_model_that_does_not_fit(api: Scripted) -> None:
-    api.catalogue.needs = lambda model, settings: 1000  # type: ignore[method-assign]
+    api.catalogue.needs = lambda model, settings, limit: 1000  # type: ignore[method-assign]
     response = api.http.post("/v1/chat/completions", json=CHAT)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "out_of_memory"

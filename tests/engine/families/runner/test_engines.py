@@ -290,7 +290,7 @@ def test_setting_up_what_is_being_loaded_waits(runner: Runner) -> None:
 def test_loading_ahead_that_fails_is_only_logged(
     runner: Runner, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner.catalogue, "needs", lambda model, settings: 1 / 0)
+    monkeypatch.setattr(runner.catalogue, "needs", lambda model, settings, limit: 1 / 0)
     response = runner.http.post("/engines/_configure", json={"model": "tiny"})
     assert response.status_code == 202
     assert runner.chat().status_code == 500
