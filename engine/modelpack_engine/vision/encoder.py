@@ -608,7 +608,12 @@ def _test(
     made: dict[Media, mx.array] = {}
     for file in files:
         _, (media,) = processor.place([token_id], [file])
-        (embeddings,) = TowerCall(model, [media]).finish()
+        try:
+            (embeddings,) = TowerCall(model, [media]).finish()
+            mx.eval(embeddings)
+        except _FAILURES as error:
+            kind = _KINDS[_content(media)]
+            raise EngineError(f"the model cannot encode this {kind}: {error}") from error
         if not media.until and embeddings.shape[-2] != len(media.token_ids):
             raise EngineError(
                 f"the {tower} tower returned {embeddings.shape[-2]} embeddings for"
