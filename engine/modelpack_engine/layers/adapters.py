@@ -76,8 +76,8 @@ def add(
     """Return the sum of `parts` [rows, outputs] and of what the adapters of the rows add to it.
 
     With `gated`, two layers have the same number of outputs, and silu(the first's) * the second's
-    is returned. The result has x's type. A threadgroup computes up to `chunk` outputs. `wide` runs
-    on tensor cores: the default for many rows, where the GPU has them.
+    is returned. The result has x's type. `wide` runs on tensor cores: the default for many rows,
+    where the GPU has them. Otherwise, a threadgroup computes up to `chunk` outputs.
     """
     x, sizes = adapters.x, adapters.sizes
     if wide or (wide is None and x.shape[0] >= _MANY_ROWS and _fits_wide(adapters)):
@@ -237,7 +237,8 @@ Pairs = dict[str, tuple[mx.array, mx.array]]
 def _products(dtype: mx.Dtype, *, wide: bool) -> Pairs:
     """Return what `add` returns, with what it should be."""
     parts, three, expected = _case(dtype, _SIZES)
-    found = [add(parts, three, chunk=chunk, wide=wide) for chunk in (_CHUNK, 64)]
+    chunks = (_CHUNK,) if wide else (_CHUNK, 64)
+    found = [add(parts, three, chunk=chunk, wide=wide) for chunk in chunks]
     base = add(parts, replace(three, slots=mx.zeros_like(three.slots)), wide=wide)
     without = parts.array.sum(axis=0)
     parts, two, both = _case(dtype, (_GATES, _GATES), singles=3)
