@@ -319,18 +319,6 @@ class VisionEncoder:
         failures, self._failures = self._failures, []
         return failures
 
-    def embeddings(
-        self, media: Media, owner: bytes = b"", waiting: Iterable[tuple[bytes, Media]] = ()
-    ) -> mx.array:
-        """Return the embeddings of a picture, as `VisionModel.embed` does.
-
-        Others that wait may be encoded with it. Raises `RequestError` if the model cannot encode
-        it.
-        """
-        found = self._encoded((owner, media.digest), media, waiting)
-        assert found is not None, "it is encoded at once"
-        return found
-
     def _encoded(
         self,
         key: Key,

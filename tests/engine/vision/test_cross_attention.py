@@ -150,7 +150,7 @@ def test_no_picture_is_larger_than_planned() -> None:
     encoder = encoder_of(engine)
     for height, width in ((16, 16), (16, 64), (64, 16), (32, 32), (200, 200)):
         made = request(engine, "<image>", [picture(1, height, width)])
-        assert encoder.embeddings(made.media[0]).nbytes <= encoder._picture_bytes
+        assert tiny.embeddings(encoder, made.media[0]).nbytes <= encoder._picture_bytes
 
 
 def test_rows_with_the_same_pictures_share_their_keys_and_values() -> None:
@@ -158,7 +158,7 @@ def test_rows_with_the_same_pictures_share_their_keys_and_values() -> None:
     engine = tiny.tiny_engine(KIND)
     encoder = encoder_of(engine)
     media = request(engine, "<image><image>", [ONE, TWO]).media
-    kept = sum(encoder.embeddings(each).nbytes for each in media)
+    kept = sum(tiny.embeddings(encoder, each).nbytes for each in media)
     rows = [MediaRows(row, 1, each, 0, b"") for row in range(64) for each in media]
     batch: Any = SimpleNamespace(media_rows=rows)
     assert encoder.input_embeddings(batch, mx.zeros((64,), mx.int32)) is None

@@ -386,10 +386,10 @@ def test_the_cache_of_embeddings_is_bounded() -> None:
     encoder = VisionEncoder(model, max_bytes=2 * 3 * 4 * 4)
     media = [Media(0, (1, 2, 3), bytes([i]), {}) for i in range(3)]
     for each in (0, 1, 0, 2, 0, 1):  # 2 drops 1, the least recently used
-        encoder.embeddings(media[each])
+        tiny.embeddings(encoder, media[each])
     assert (model.calls, encoder.hits, encoder.misses) == (4, 2, 4)
     assert encoder.nbytes == 2 * 3 * 4 * 4
-    encoder.embeddings(Media(0, tuple(range(99)), b"large", {}))
+    tiny.embeddings(encoder, Media(0, tuple(range(99)), b"large", {}))
     assert encoder.nbytes == 2 * 3 * 4 * 4
 
 
@@ -417,7 +417,7 @@ def test_evicted_embeddings_return_from_the_host() -> None:
     for pictures, numbers, num_kept in steps:
         encoder.begin_step()
         assert encoder._host.nbytes == num_kept * 48
-        found = [encoder.embeddings(media[each]) for each in pictures]
+        found = [tiny.embeddings(encoder, media[each]) for each in pictures]
         assert [each.tolist() for each in found] == [[[n] * 4] * 3 for n in numbers]
         assert encoder.nbytes == 48
     assert (model.calls, encoder.hits, encoder.misses) == (4, 4, 4)

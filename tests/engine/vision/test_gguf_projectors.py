@@ -60,7 +60,7 @@ def embedded(model: LoadedModel) -> tuple[tuple[int, ...], mx.array]:
     assert model.vision is not None, model.no_vision
     prompt = [model.vision.processor.image_token_id]
     _, (media,) = model.vision.processor.place(prompt, [PHOTO])
-    return media.token_ids, model.vision.encoder.embeddings(media)
+    return media.token_ids, tiny.embeddings(model.vision.encoder, media)
 
 
 def changed(path: Path, kind: str = "idefics3", **fields: Any) -> Path:

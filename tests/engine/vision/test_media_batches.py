@@ -366,7 +366,7 @@ def test_rows_of_padding_are_found(
     kind = type(model.audio_tower)
     monkeypatch.setattr(kind, "__call__", kind.__mro__[1].__call__)
     first, second = heard(vision, 16_129, 16_129)
-    made = {each: VisionEncoder(model).embeddings(each) for each in (first, second)}
+    made = {each: tiny.embeddings(VisionEncoder(model), each) for each in (first, second)}
     assert not encoder_module._is_batched(model, made)
     assert "sounds are encoded one by one: together, they have other embeddings" in caplog.text
     with pytest.raises(AssertionError):

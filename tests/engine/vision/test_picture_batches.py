@@ -254,7 +254,7 @@ def test_an_evicted_picture_frees_its_memory() -> None:
     encoder = VisionEncoder(WideModel(), max_bytes=9 << 20, batched=PICTURES)
     before = mx.get_active_memory()
     waiting = [(b"", _numbered(number)) for number in range(1, 4)]
-    encoder.embeddings(_numbered(0), waiting=waiting)
+    tiny.embeddings(encoder, _numbered(0), waiting=waiting)
     mx.eval(*encoder._kept.values())
     assert len(encoder._kept) == 2
     assert mx.get_active_memory() - before < 10 << 20

@@ -265,7 +265,7 @@ def test_deepseek_cuts_two_pictures_and_not_three() -> None:
         _, placed = processor.place([processor.image_token_id] * count, [wide] * count)
         for media in placed:
             assert media.inputs["pixel_values"].shape == (1, views, 3, 16, 16)
-            assert len(encoder.embeddings(media)) == len(media.token_ids)
+            assert len(tiny.embeddings(encoder, media)) == len(media.token_ids)
 
 
 def test_a_model_without_tiles(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_pictures_smaller_than_a_patch(tmp_path: Path) -> None:
                 processor.place(prompt, [dot])
         else:
             _, (media,) = processor.place(prompt, [dot])
-            made = loaded.vision.encoder.embeddings(media)
+            made = tiny.embeddings(loaded.vision.encoder, media)
             assert made.shape[-2] == len(media.token_ids)
 
 
@@ -339,7 +339,7 @@ def test_embeddings_match_tokens_at_all_sizes(kind: str) -> None:
     for height, width in [(8, 8), (9, 33), (40, 11), (63, 64), (17, 50), (64, 9), (31, 47)]:
         picture = tiny.picture(height, height, width)
         _, (media,) = processor.place([processor.image_token_id], [picture])
-        made = encoder.embeddings(media)
+        made = tiny.embeddings(encoder, media)
         count = len(media.token_ids)
         if kind == "mllama":  # each tile is its patches, and a class
             count = int(media.inputs["aspect_ratio_mask"].sum()) * 17

@@ -254,7 +254,7 @@ def test_embeddings_are_those_of_the_whole_video() -> None:
         assert vision is not None
         assert vision.processor.videos is not None
         _, media = vision.processor.videos.place(ONE)
-        parts = mx.concatenate([vision.encoder.embeddings(each) for each in media])
+        parts = mx.concatenate([tiny.embeddings(vision.encoder, each) for each in media])
         model: Any = vision.encoder._model
         patches = mx.array(np.concatenate([each.inputs["pixel_values_videos"] for each in media]))
         whole = model.vision_tower(patches, mx.array([[3, 4, 4]]))

@@ -6,7 +6,7 @@ import copy
 import importlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,8 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.models import LoadedModel, load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.patches.mlx_vlm_imports import prepare
-from modelpack_engine.request import EngineRequest, SamplingParams
+from modelpack_engine.request import EngineRequest, Media, SamplingParams
+from modelpack_engine.vision.encoder import VisionEncoder
 from modelpack_engine.vision.models import Encode
 from modelpack_engine.vision.processor import Picture, PictureProcessor
 from tests.engine.vision import specimens
@@ -447,6 +448,15 @@ def request(
         ids, media = engine.vision.processor.place(ids, pictures)
     params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
     return EngineRequest(ids, params, media=media, **fields)
+
+
+def embeddings(
+    encoder: VisionEncoder, media: Media, waiting: Iterable[tuple[bytes, Media]] = ()
+) -> mx.array:
+    """Return the embeddings of a picture, encoded at once, maybe with others that wait."""
+    found = encoder._encoded((b"", media.digest), media, waiting)
+    assert found is not None
+    return found
 
 
 def run(engine: Engine, *requests: EngineRequest) -> list[list[int]]:
