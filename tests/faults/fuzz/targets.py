@@ -62,6 +62,7 @@ from modelpack_server.conversation.sounds import decode_sound
 from modelpack_server.conversation.videos import VideoFile
 from modelpack_server.gateway import json_bodies
 from modelpack_server.gateway.bodies import look_into
+from tests.engine.vision import tiny
 from tests.formats.builders import as_file
 from tests.unpacking.archived import GZIP, TAR, ZSTD, bundle_of
 from tests.unpacking.stored import Stored, everything
@@ -302,7 +303,7 @@ def projector(raw: bytes) -> None:
         vision = open_vision(tower, opened.config, opened.settings, encode)
         prompt = [vision.processor.image_token_id]
         _, (media,) = vision.processor.place(prompt, [Picture(np.zeros((8, 8, 3), np.uint8))])
-        rows = vision.encoder.embeddings(media)
+        rows = tiny.embeddings(vision.encoder, media)
         assert rows.shape[-1] == _TEXT["hidden_size"]
         assert mx.isfinite(rows).all()
 
