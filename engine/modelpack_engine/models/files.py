@@ -247,7 +247,14 @@ def _assembled(
         notes.append(f"the weights are in several formats; {chosen} is loaded")
     of_kind = [(name, path) for kind, name, path in weights if kind == chosen]
     if chosen == "safetensors":
-        of_kind = _indexed(of_kind, names)
+        # Those in folders are other models beside it, such as Phi-4 Multimodal's adapters.
+        of_kind, others = [
+            [entry for entry in of_kind if ("/" in entry[0]) == inside] for inside in (False, True)
+        ]
+        if of_kind and others:
+            shown = ", ".join(name for name, _ in others[:3])
+            notes.append(f"weights in folders are left out: {shown}")
+        of_kind = _indexed(of_kind or others, names)
     else:
         _check_one_model([name for name, _ in of_kind], what)
     paths = tuple(path for _, path in of_kind)

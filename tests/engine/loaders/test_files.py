@@ -151,6 +151,19 @@ def test_the_index_says_which_safetensors_count(tmp_path: Path) -> None:
         ModelFiles.from_directory(tmp_path)
 
 
+def test_safetensors_in_folders_are_other_models(tmp_path: Path) -> None:
+    blobs: dict[Digest, Path] = {}
+    kind = media_types.DOCKER_SAFETENSORS
+    own = layer(blobs, tmp_path, kind, "model.safetensors", b"own")
+    other = layer(blobs, tmp_path, kind, "lora/adapter_model.safetensors", b"other")
+    files = ModelFiles.from_model(model_of(other, own), blobs.__getitem__)
+    assert [path.read_bytes() for path in files.weights] == [b"own"]
+    assert files.notes == ("weights in folders are left out: lora/adapter_model.safetensors",)
+    alone = ModelFiles.from_model(model_of(other), blobs.__getitem__)
+    assert [path.read_bytes() for path in alone.weights] == [b"other"]
+    assert alone.notes == ()
+
+
 def test_directories(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="has no weights"):
         ModelFiles.from_directory(tmp_path)
