@@ -46,7 +46,7 @@ from modelpack_engine.models import LoadedModel
 from modelpack_engine.models.precision import check_token_rows
 from modelpack_engine.outputs import EngineStats, RequestEvent
 from modelpack_engine.request import EngineRequest
-from modelpack_engine.runner.adapters import AdapterSet
+from modelpack_engine.runner.adapters import AdapterSet, KnownAdapter
 from modelpack_engine.runner.base_engine import BaseEngine
 from modelpack_engine.runner.continued import Continued, Expected
 from modelpack_engine.runner.cpu import CpuRunner
@@ -156,7 +156,10 @@ class Engine(BaseEngine):
                 notes.append(f"pictures are not read: {self.no_vision}")
         self._adapters: AdapterSet | None = None
         rows = self._runner.adapter_rows
-        if self.config.max_loras and rows is not None:
+        if self.vision is not None and loaded.adapter_for_files and rows is None:
+            self.vision, self.no_vision = None, "adapters need the paged tier"
+            notes.append(f"sounds are not read: {self.no_vision}")
+        if rows is not None and (self.config.max_loras or loaded.adapter_for_files):
             self._adapters = self._make_adapters(loaded, rows)
             self._restoring.callback(self._adapters.close)
         caching = self.config.enable_prefix_caching and self._runner.supports_prefix_cache
@@ -224,16 +227,30 @@ class Engine(BaseEngine):
     def add_request(self, request_id: str, request: EngineRequest) -> None:
         if request.media and self.vision is None:
             raise RequestError("this model reads no pictures", param="messages")
-        if request.adapter is None:
+        adapter = self._adapter_of(request)
+        if adapter is None:
             super().add_request(request_id, request)
             return
-        adapter = self._adapters_or_refuse().find(request.adapter)
         salt = root_hash(b"adapter", adapter.identity.encode(), request.cache_salt)
         self._add(request_id, replace(request, cache_salt=salt), adapter)
 
+    def _adapter_of(self, request: EngineRequest) -> KnownAdapter | None:
+        """Return the adapter that a request names, or the model's own for prompts with files."""
+        own = None if self._adapters is None else self._adapters.for_files
+        if request.adapter is None:
+            return own if request.media else None
+        found = self._adapters_or_refuse().find(request.adapter)
+        if request.media and own is not None:
+            raise RequestError(
+                "prompts with files have an adapter of the model's own, and no other",
+                param="model",
+                hint="leave out the adapter or the files",
+            )
+        return found
+
     @property
     def runs_adapters(self) -> bool:
-        return self._adapters is not None
+        return self._adapters is not None and self.config.max_loras > 0
 
     def add_adapter(self, name: str, adapter: Adapter, identity: str) -> None:
         adapters = self._adapters_or_refuse()
@@ -262,7 +279,7 @@ class Engine(BaseEngine):
                 self._replays.drop_adapted()
 
     def _adapters_or_refuse(self) -> AdapterSet:
-        if self._adapters is None:
+        if self._adapters is None or not self.config.max_loras:
             raise RequestError(
                 "the model is loaded without LoRA adapters", param="model",
                 hint="set max_loras in EngineConfig",
@@ -331,7 +348,8 @@ class Engine(BaseEngine):
     # `ParallelEngine`, over several devices, overrides these four methods.
 
     def _make_adapters(self, loaded: LoadedModel, rows: AdapterRows) -> AdapterSet:
-        return AdapterSet(loaded.model, loaded.config, rows, self.config.max_loras)
+        own = loaded.adapter_for_files
+        return AdapterSet(loaded.model, loaded.config, rows, self.config.max_loras, own)
 
     def _choose_sizes(
         self, layout: ModelLayout | None, context_length: int, draft: Draft | None

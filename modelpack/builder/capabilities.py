@@ -34,9 +34,9 @@ from modelpack.formats.projector import gguf_role
 _POOLING: Final = ("embedding", "embedding", "embedding", "other")  # from 1 on; 4 ranks pairs
 # Keys of a config.json that only models with these inputs have.
 _IMAGE_KEYS: Final = ("image_token_id", "image_token_index", "vision_config", "vision_tower")
-_IMAGE_TYPES: Final = ("molmo",)  # whose config.json has none of these keys
+_IMAGE_TYPES: Final = ("molmo", "phi4mm")  # whose config.json has none of these keys
 _VIDEO_KEYS: Final = ("video_token_id", "video_token_index")
-_AUDIO_KEYS: Final = ("audio_config", "audio_token_id", "audio_token_index")
+_AUDIO_KEYS: Final = ("audio_config", "audio_processor", "audio_token_id", "audio_token_index")
 _MAX_TEMPLATE_BYTES: Final = 2 * 1024 * 1024  # as the engine renders at most
 _TOOLS: Final = re.compile(r"\{[%{][^{}]*\btools\b")
 _REASONING: Final = re.compile(

@@ -14,7 +14,7 @@ from modelpack.errors import NotFoundError, PackagingError
 from modelpack.formats.config_json import CONFIG_JSON, read_config_json, without_speech
 
 _PARTS: Final = ("vision_config", "audio_config", "text_config")
-_ENCODERS: Final = ("vision_config", "audio_config")
+_ENCODERS: Final = ("vision_config", "audio_config", "audio_processor")
 _PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
 _OTHER_PROCESSORS: Final = ("video_preprocessor_config.json", "image_processor_config.json")
 _TOKENS: Final = tuple(

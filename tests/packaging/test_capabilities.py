@@ -29,6 +29,11 @@ DIRECTORIES: list[tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = [
     ({"image_token_index": 5}, {}, {"inputTypes": ["text", "image"]}),
     ({"model_type": "molmo"}, {}, {"inputTypes": ["text", "image"]}),
     (
+        {"model_type": "phi4mm", "audio_processor": {"name": "cascades"}},
+        {},
+        {"inputTypes": ["text", "image", "audio"]},
+    ),
+    (
         {"vision_config": {}, "video_token_id": 5, "audio_config": {}}, {},
         {"inputTypes": ["text", "image", "audio", "video"]},
     ),

@@ -92,7 +92,7 @@ def read_layers(
             continue
         name, module = modules.find(target.module)
         modules.check(target, name, module)
-        kind = dtype or _dtype_of(module)
+        kind = dtype or dtype_of(module)
         permuted = (
             adapter.format != "gguf" and config.get(PERMUTED) and name.endswith(_PERMUTED_LAYERS)
         )
@@ -161,7 +161,8 @@ def _permuted(values: mx.array, head_dim: int) -> mx.array:
     return halves.swapaxes(-1, -2).reshape(values.shape)
 
 
-def _dtype_of(module: Any) -> mx.Dtype:
+def dtype_of(module: Any) -> mx.Dtype:
+    """Return the type of a layer's outputs, which an adapter's matrices have, too."""
     if isinstance(module, BLOCK_LAYERS):
         return module.dtype
     array = module.scales if hasattr(module, "bits") else module.weight
@@ -296,7 +297,7 @@ class _Modules:
             raise self.error(f"target {first.module} is not an expert of the model")
         count, outputs, inputs = self._shape(name, module)
         rank = max(target.rank for _, (target, _, _) in experts)
-        kind = dtype or _dtype_of(module)
+        kind = dtype or dtype_of(module)
         a, b = mx.zeros((count, inputs, rank)), mx.zeros((count, rank, outputs))
         for index, (target, own_a, own_b) in experts:
             if target.magnitude is not None:

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from modelpack_engine.models.gguf_planes import KEPT, KEPT_ON_CUDA
 from modelpack_engine.models.gguf_projector import GGUFProjector
 from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.model_config import normalised
-from modelpack_engine.models.multimodal import language_classes
+from modelpack_engine.models.multimodal import adapter_for_sounds, language_classes
 from modelpack_engine.models.precision import (
     Precision,
     dense_bytes,
@@ -54,18 +54,20 @@ from modelpack_engine.models.safetensors import (
 from modelpack_engine.models.tokenizer import Tokenizer
 from modelpack_engine.patches import recurrent
 from modelpack_engine.patches.corrections import TEXT_PARTS
+from modelpack_engine.patches.lora import Layers, nbytes
 from modelpack_engine.patches.mlx_vlm_imports import import_processors, is_installed
 from modelpack_engine.platform import cuda_graphs
 from modelpack_engine.vision import models as vision_models
 from modelpack_engine.vision.encoder import Vision, open_vision
 from modelpack_engine.vision.models import (
+    CLASSES,
     INSTALL_HINT,
     TOWER_TYPES,
     language_tower,
     vision_classes,
 )
 from modelpack_engine.vision.processor import with_image_token
-from modelpack_engine.vision.sounds import has_sounds, sound_settings
+from modelpack_engine.vision.sounds import has_sounds, sound_settings, with_sound_fields
 from modelpack_engine.vision.towers import open_tower, tower_weights
 from modelpack_engine.vision.videos import VIDEO_CLASSES, video_settings
 
@@ -95,7 +97,8 @@ class LoadedModel:
     what differs from the files. All weights are in memory, in `weight_bytes` bytes: in `packed` if
     the library for CPUs runs the model, whose `model` then has only shapes; otherwise in `model`.
     `vision` reads pictures, if the model can; `no_vision` says why it cannot, if its files should.
-    `precision` is that of a GGUF model in MLX.
+    `precision` is that of a GGUF model in MLX. Prompts with files have the adapter
+    `adapter_for_files`, if the model has one.
     """
 
     model: Module
@@ -109,6 +112,7 @@ class LoadedModel:
     vision: Vision | None = None
     no_vision: str = ""
     precision: Precision | None = None
+    adapter_for_files: Layers = field(default_factory=dict)
 
 
 def load(
@@ -172,7 +176,7 @@ def may_read_sounds(files: ModelFiles) -> bool:
     """Return whether a model reads sounds here, by config.json, if its files are complete."""
     config = files.json("config.json") or {}
     decodes = importlib.util.find_spec("miniaudio") is not None
-    return decodes and vision_models.may_read_pictures(config) and has_sounds(config)
+    return decodes and vision_models.may_read_files(config) and has_sounds(config)
 
 
 def may_read_videos(files: ModelFiles) -> bool:
@@ -409,19 +413,23 @@ def _with_vision(
     With `whole`, it is a model of `vision_classes`; otherwise the vision tower is in the files.
     """
     vision, reason, weight_bytes = None, "", loaded.weight_bytes
+    layers: Layers = {}
     encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
+    sees = CLASSES[loaded.config["model_type"]].pictures
     try:
         settings = files.json("preprocessor_config.json") or files.json("processor_config.json")
         if settings is None:
             raise ModelLoadError("the model has no preprocessor_config.json")
         tower: Any = loaded.model
-        config = with_image_token(loaded.config, encode)
+        config = loaded.config
+        config = with_image_token(config, encode) if sees else with_sound_fields(config)
         if not whole:
             parts = config.get("vision_config")
-            if not isinstance(parts, Mapping):
+            if sees and not isinstance(parts, Mapping):
                 raise ModelLoadError("config.json: vision_config is missing")
             bounds, _ = read_headers(files)
-            bounds.check(parts, "config.json: vision_config")
+            if isinstance(parts, Mapping):
+                bounds.check(parts, "config.json: vision_config")
             if isinstance(audio := config.get("audio_config"), Mapping):
                 bounds.check(audio, "config.json: audio_config")
             with bounds.building("config.json: vision_config"):
@@ -439,12 +447,14 @@ def _with_vision(
                 files.json("processor_config.json"),
                 files.json("video_preprocessor_config.json"),
             )
+        layers = adapter_for_sounds(files.weights, config, loaded.model)
+        weight_bytes += 2 * nbytes(layers.values())  # the engine holds them by slot, too
         vision = open_vision(tower, config, settings, encode, sounds, videos)
     except EngineError as error:
         reason = _reason(error)
     notes = [*loaded.notes]
     if reason:
-        notes.append(f"pictures are not read: {reason}")
+        notes.append(f"{'pictures' if sees else 'sounds'} are not read: {reason}")
     elif vision is not None and vision.processor.no_sounds:
         notes.append(f"sounds are not read: {vision.processor.no_sounds}")
     elif vision is not None and vision.processor.no_videos:
@@ -456,6 +466,7 @@ def _with_vision(
         vision=vision,
         no_vision=reason,
         weight_bytes=weight_bytes,
+        adapter_for_files=layers if vision is not None else {},
     )
 
 

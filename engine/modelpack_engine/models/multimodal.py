@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import partialmethod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +23,10 @@ from mlx.nn.layers.base import Module
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.layers.cross_attention import insert_layers
+from modelpack_engine.models.adapter import dtype_of, weight_shape
 from modelpack_engine.models.model_config import completed
 from modelpack_engine.patches.corrections import TEXT_PARTS, Classes, classes_of
+from modelpack_engine.patches.lora import Matrices
 from modelpack_engine.vision.models import CLASSES
 
 _PREFIX = "language_model."
@@ -30,6 +34,8 @@ _PREFIX = "language_model."
 TEXT_TYPES: Mapping[str, str] = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 #: Model types with a class of mlx-lm that takes no embeddings.
 _WITHOUT_EMBEDDINGS = ("kimi_k25", "llama4", "muse_glimmer")
+#: The adapter of Phi-4 Multimodal for prompts with sounds, in the names of its tensors.
+_SPEECH = re.compile(r"(?P<layer>.+)\.lora_A\.speech\.weight\Z")
 #: Names of tensors of a language model without a head.
 _DECODER = ("embed_tokens.", "layers.", "norm.")
 
@@ -102,6 +108,49 @@ def _called(
         return call(self, inputs, cache=cache)
     finally:
         decoder.embed_tokens = table
+
+
+def adapter_for_sounds(
+    paths: Sequence[Path], config: Mapping[str, Any], model: Module
+) -> dict[str, Matrices]:
+    """Return the adapter of Phi-4 Multimodal for prompts with sounds, by layers of `model`.
+
+    `paths` are its safetensors files. {} for other models, and for files whose weights have the
+    adapter in them, as mlx-vlm quantises them. Raises `ModelLoadError` for one that does not fit.
+    """
+    if config["model_type"] != "phi4mm":
+        return {}
+    arrays: dict[str, mx.array] = {}
+    for path in paths:
+        stored: Any = mx.load(str(path), format="safetensors")
+        arrays |= {name: value for name, value in stored.items() if ".speech.weight" in name}
+    settings = config.get("speech_lora")
+    settings = settings if isinstance(settings, Mapping) else {}
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    modules: dict[str, Any] = dict(model.named_modules())
+    found: dict[str, Matrices] = {}
+    for name, a in arrays.items():
+        if (match := _SPEECH.fullmatch(name)) is None:
+            continue
+        if type(rank) is not int or not isinstance(alpha, int | float) or rank < 1:
+            raise ModelLoadError("config.json: speech_lora has no r and lora_alpha")
+        layer = f"{_PREFIX}{match['layer']}"
+        b, module = arrays.get(name.replace("lora_A", "lora_B")), modules.get(layer)
+        if b is None or not hasattr(module, "weight"):
+            raise ModelLoadError(f"{name}: the model has no such layer, or no B for this A")
+        outputs, inputs = weight_shape(module)
+        if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+            raise ModelLoadError(
+                f"{name}: A is {list(a.shape)} and B {list(b.shape)}, expected"
+                f" {[rank, inputs]} and {[outputs, rank]}"
+            )
+        scaled = b.astype(mx.float32).T * (alpha / rank)
+        kind = dtype_of(module)
+        made = Matrices(mx.contiguous(a.T).astype(kind), mx.contiguous(scaled).astype(kind))
+        if not (mx.isfinite(made.a).all() & mx.isfinite(made.b).all()):
+            raise ModelLoadError(f"{name}: A or B has values that are not finite")
+        found[layer] = made
+    return found
 
 
 def _text(config: Mapping[str, Any], part: str) -> Mapping[str, Any]:
@@ -296,6 +345,12 @@ def _model_class(inner: Any) -> type[Module]:
         kept = {}
         if self.model_type == "molmo":
             weights = _molmo_tensors(weights, self.args.inner)
+        if self.model_type == "phi4mm":  # `adapter_for_sounds` has that of sounds
+            weights = {
+                name.replace(".base_layer.", "."): value
+                for name, value in weights.items()
+                if ".lora_A." not in name and ".lora_B." not in name
+            }
         for name, value in weights.items():
             name = name.removeprefix("thinker.").removeprefix("llm.")
             name = name.replace("model.language_model.", "language_model.model.", 1)

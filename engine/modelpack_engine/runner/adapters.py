@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import mlx.nn as nn
@@ -26,7 +27,8 @@ from modelpack_engine.patches.lora import Layers, LoRALayers, nbytes
 class KnownAdapter:
     """An adapter, and the unfinished sequences that use it."""
 
-    adapter: Adapter
+    #: None for the model's own.
+    adapter: Adapter | None
     identity: str
     #: Those that wait for their first step, and those that have started: it stays in memory.
     waiting: set[Sequence] = field(default_factory=set)
@@ -40,7 +42,8 @@ class KnownAdapter:
 class AdapterSet:
     """The adapters of one model, of which at most `max_loaded` are in memory.
 
-    `config` is the model's.
+    `config` is the model's. `own` is its own adapter for prompts with files, which is always in
+    memory, and is none of the others; `for_files` is what sequences of such prompts have.
     """
 
     def __init__(
@@ -49,9 +52,14 @@ class AdapterSet:
         config: Mapping[str, Any],
         rows: AdapterRows,
         max_loaded: int,
+        own: Layers = MappingProxyType({}),
     ) -> None:
         self._model, self._config, self._max_loaded = model, config, max_loaded
         self._layers = LoRALayers(model, rows)
+        self.for_files: KnownAdapter | None = None
+        if own:
+            self.for_files = KnownAdapter(None, "for files", slot=1)
+            self.place(1, own)
         self._known: dict[str, KnownAdapter] = {}  # the least recently used one first
         self._removed: list[KnownAdapter] = []  # those that unfinished requests use
         self._failures: dict[Sequence, ModelpackError] = {}
@@ -206,7 +214,9 @@ class AdapterSet:
 
     def _free_slot(self) -> int | None:
         taken = {known.slot for known in self._all()}
-        return next((s for s in range(1, self._max_loaded + 1) if s not in taken), None)
+        first = 1 if self.for_files is None else 2
+        slots = range(first, first + self._max_loaded)
+        return next((slot for slot in slots if slot not in taken), None)
 
     def _idle(self) -> Iterator[KnownAdapter]:
         """Yield the adapters in memory that no started sequence uses, the oldest one first."""
@@ -219,6 +229,7 @@ class AdapterSet:
     def _read(self, known: KnownAdapter) -> Layers:
         if known.layers is not None:
             return known.layers
+        assert known.adapter is not None, "the model's own is in memory"
         return self.read(known.adapter)
 
     def _load(self, known: KnownAdapter, slot: int, layers: Layers) -> None:

@@ -30,8 +30,13 @@ from modelpack_engine.kernels import launch
 from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.platform.device import available_memory
 from modelpack_engine.request import Media
-from modelpack_engine.vision.models import CLASSES, Encode, VisionModel
-from modelpack_engine.vision.processor import Picture, PictureProcessor
+from modelpack_engine.vision.models import AUDIO_PARTS, CLASSES, Encode, VisionModel
+from modelpack_engine.vision.processor import (
+    HearingProcessor,
+    Picture,
+    PictureProcessor,
+    TowerProcessor,
+)
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
 from modelpack_engine.vision.tower_call import BlockOutputs, TowerCall
 from modelpack_engine.vision.videos import Video, VideoProcessor
@@ -521,9 +526,9 @@ def host_limit() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Vision:
-    """What a model needs to read pictures: the processor before, and the encoder in its engine."""
+    """What a model needs to read files: the processor before, and the encoder in its engine."""
 
-    processor: PictureProcessor
+    processor: TowerProcessor
     encoder: VisionEncoder
 
 
@@ -538,20 +543,22 @@ def open_vision(
     """Return the vision of a loaded model of `vision_classes`.
 
     With `sounds`, the settings of a feature extractor, it also reads sounds, or says why not
-    (`PictureProcessor.no_sounds`); the same of `videos`. Noise goes through it first: raises
-    `EngineError` if the model cannot read a picture, or if its pixels change nothing. Of each kind,
-    if one call for two files returns other embeddings, they are encoded one by one, and a log says
-    so.
+    (`MediaProcessor.no_sounds`); the same of `videos`. Noise goes through it first: raises
+    `EngineError` if the model cannot read a picture, or if its pixels change nothing; for types
+    that read sounds only, the same of these. Of each kind, if one call for two files returns other
+    embeddings, they are encoded one by one, and a log says so.
     """
-    processor = PictureProcessor(config, settings, encode)
-    random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (2, 64, 96, 3), np.uint8)
-    batched, together = set[str](), joins() and CLASSES[config["model_type"]].batched
-    pictures = [*map(Picture, noise)]
-    batched |= _test("vision", model, processor, processor.image_token_id, pictures, together)
+    needs = CLASSES[config["model_type"]]
+    random, batched = np.random.default_rng(0), set[str]()
+    together = joins() and needs.batched
+    processor: TowerProcessor = HearingProcessor()
+    if needs.pictures:
+        processor = PictureProcessor(config, settings, encode)
+        pictures = [*map(Picture, random.integers(0, 256, (2, 64, 96, 3), np.uint8))]
+        batched |= _test("vision", model, processor, processor.image_token_id, pictures, together)
     if sounds is not None:
         try:
-            if not any(getattr(model, name, None) for name in ("audio_tower", "embed_audio")):
+            if not any(getattr(model, name, None) for name in AUDIO_PARTS):
                 raise EngineError("the files have no audio tower")
             processor.sounds = found = SoundProcessor(config, sounds, encode)
             # A multiple of 128 and one more: Gemma 4's last row is of padding.
@@ -559,6 +566,8 @@ def open_vision(
             heard = [*map(Sound, samples)]
             batched |= _test("audio", model, processor, found.token_id, heard, joins())
         except EngineError as error:
+            if not needs.pictures:
+                raise
             processor.sounds, processor.no_sounds = None, str(error)
     if videos is not None:
         try:
@@ -583,7 +592,7 @@ def open_vision(
 def _test(
     tower: str,
     model: Any,
-    processor: PictureProcessor,
+    processor: TowerProcessor,
     token_id: int,
     files: Collection[Picture | Sound | Video],
     together: bool,

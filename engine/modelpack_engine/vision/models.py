@@ -54,6 +54,8 @@ class VisionClass:
 
     With `first`, pictures come before the text of a prompt, and this text before them.
 
+    Without `pictures`, the type reads sounds only, and has no placeholder of pictures.
+
     With `cross`, a picture is one token, and layers attend to its keys and values from there to the
     next picture, or the one after pictures that follow each other.
 
@@ -87,10 +89,11 @@ class VisionClass:
     cross: bool = False
     batched: bool = False
     first: str = ""
+    pictures: bool = True
 
     def folder(self, config: Mapping[str, Any]) -> str:
         """Return the name of mlx-vlm's package for the model of `config`."""
-        siglip = config["vision_config"].get("model_type") == "siglip_vision_model"
+        siglip = (config.get("vision_config") or {}).get("model_type") == "siglip_vision_model"
         return (siglip and self.siglip) or self.package or str(config["model_type"])
 
     def merged(self, config: Mapping[str, Any]) -> int:
@@ -110,6 +113,9 @@ _QWENS = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3_moe"}
 _INTERNVL = VisionClass(placeholder="<IMG_CONTEXT>", language=_QWENS | _LLAMAS, batched=True)
 #: The tokens of sounds, unless config.json says otherwise.
 GEMMA3N_AUDIO, GEMMA4_AUDIO, QWEN3_OMNI_AUDIO = 262_273, 258_881, 151_675
+PHI4_AUDIO = 200_011
+#: The parts of towers that encode sounds, of which each has one.
+AUDIO_PARTS = ("audio_tower", "embed_audio", "audio_encoder")
 #: The tokens of a picture of Gemma 3, unless config.json says otherwise.
 GEMMA3_TOKENS = 256
 #: The classes by the model type of config.json.
@@ -220,6 +226,7 @@ CLASSES: Mapping[str, VisionClass] = {
     "phi3_v": VisionClass(
         placeholder="<|image|>", language={"phi3_v": "phi3"}, vision_part="img_processor"
     ),
+    "phi4mm": VisionClass(placeholder="", language={"phi4mm": "phi3"}, pictures=False),
     "pixtral": VisionClass(placeholder="[IMG]", in_rows=True, merge=1),
     "qwen2_5_vl": _QWEN,
     "qwen2_vl": _QWEN,
@@ -253,9 +260,17 @@ _UNREAD: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+def may_read_files(config: Mapping[str, Any]) -> bool:
+    """Return whether models of this config.json read files here, if their own are complete.
+
+    They are pictures, sounds or videos.
+    """
+    return config.get("model_type") in CLASSES and mlx_vlm_imports.is_installed()
+
+
 def may_read_pictures(config: Mapping[str, Any]) -> bool:
     """Return whether models of this config.json read pictures here, if their files are complete."""
-    return config.get("model_type") in CLASSES and mlx_vlm_imports.is_installed()
+    return may_read_files(config) and CLASSES[str(config["model_type"])].pictures
 
 
 def sees_ahead_in_windows(config: Mapping[str, Any]) -> bool:

@@ -144,9 +144,9 @@ class InputMemory:
 class MediaProcessor(ABC):
     """Places pictures, and what else a model reads, in its prompts. Any thread may use it.
 
-    `image_token` is the text of the placeholder in prompts, and `image_token_id` its id there. If
-    it `is_marker`, no chat template knows it, and it takes the place of pictures before. If the
-    processor `encodes`, placing a picture takes long.
+    `image_token` is the text of the placeholder in prompts, and `image_token_id` its id there; ""
+    for models that read no pictures. If it `is_marker`, no chat template knows it, and it takes the
+    place of pictures before. If the processor `encodes`, placing a picture takes long.
     """
 
     image_token: str
@@ -192,6 +192,11 @@ class MediaProcessor(ABC):
         return media
 
     @property
+    def why_no_pictures(self) -> str:
+        """Why the model reads no pictures; empty if it does."""
+        return "" if self.image_token else "only its sounds are read"
+
+    @property
     def why_no_sounds(self) -> str:
         """Why the model reads no sounds; empty if it does."""
         return "" if self.sounds is not None else self.no_sounds or "it has no audio tower"
@@ -215,10 +220,13 @@ class MediaProcessor(ABC):
         Raises `RequestError` unless the prompt has one placeholder for each file, and if a file
         cannot be processed; `QueueFullError` if those of all requests are too large.
         """
-        kinds: dict[int, type] = {self.image_token_id: Picture}
-        named, what = [self.image_token], "pictures"
+        kinds: dict[int, type] = {}
+        named, what = [], "pictures"
+        if self.image_token:
+            kinds[self.image_token_id] = Picture
+            named.append(self.image_token)
         if self.sounds is not None:
-            kinds[self.sounds.token_id], what = Sound, "files"
+            kinds[self.sounds.token_id], what = Sound, "files" if named else "sounds"
             named.append(self.sounds.token)
         if self.videos is not None:
             kinds[self.videos.token_id], what = Video, "files"
@@ -328,7 +336,41 @@ class MediaProcessor(ABC):
         raise NotImplementedError
 
 
-class PictureProcessor(MediaProcessor):
+class TowerProcessor(MediaProcessor):
+    """Places files in prompts for the towers of a model of mlx-vlm."""
+
+    @property
+    def mrope(self) -> bool:
+        """Whether tokens have three positions each, so that `Media.grid` is set."""
+        return False
+
+    @property
+    def largest_span(self) -> int:
+        """The most tokens of a picture that attend to each other in both directions, or 0."""
+        return 0
+
+    @property
+    def hidden(self) -> tuple[tuple[int, ...], int] | None:
+        """The tokens that the language model must not see, and the one that it sees instead."""
+        return None
+
+
+class HearingProcessor(TowerProcessor):
+    """Places sounds in prompts of a model that reads no pictures."""
+
+    image_token, image_token_id = "", -1
+
+    def token_ids(self, text: str, encode: Encode) -> list[int]:
+        return encode(text)
+
+    def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
+        raise RequestError(
+            f"{picture.param}: this model reads no pictures: {self.why_no_pictures}",
+            param=picture.param,
+        )
+
+
+class PictureProcessor(TowerProcessor):
     """Places pictures in prompts for the vision tower of a model of mlx-vlm."""
 
     def __init__(

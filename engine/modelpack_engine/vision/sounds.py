@@ -1,7 +1,8 @@
 """SoundProcessor: from decoded sounds to the tokens that stand for them, and encoder inputs.
 
 Feature extractors are those of transformers, by the model's processor_config.json or
-preprocessor_config.json. `SOUND_CLASSES` says what each type of model needs.
+preprocessor_config.json; Phi-4 Multimodal's is mlx-vlm's, as that of transformers needs PyTorch.
+`SOUND_CLASSES` says what each type of model needs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from modelpack_engine.request import Media, MediaSource
 from modelpack_engine.vision.models import (
     GEMMA3N_AUDIO,
     GEMMA4_AUDIO,
+    PHI4_AUDIO,
     QWEN3_OMNI_AUDIO,
     Encode,
 )
@@ -83,6 +85,11 @@ def _each(mask: NDArray[np.bool_]) -> int:
     return int(mask.sum())
 
 
+def _each_eighth(mask: NDArray[np.bool_]) -> int:
+    """Phi-4 Multimodal: a token for each eighth frame, by three convolutions."""
+    return -(-int(mask.sum()) // 8)
+
+
 def _thirteen_a_second(mask: NDArray[np.bool_]) -> int:
     """Qwen3-Omni: 13 for each 100 frames, and for the rest what three convolutions leave of it."""
     hundreds, rest = divmod(int(mask.sum()), 100)
@@ -120,6 +127,16 @@ SOUND_CLASSES: Mapping[str, SoundClass] = {
         count=_each,
         token_id=GEMMA4_AUDIO,
     ),
+    "phi4mm": SoundClass(
+        placeholder="<|endoftext11|>",
+        soft="<|endoftext11|>",
+        begins="",
+        ends="",
+        extractor="Phi4MMAudioFeatureExtractor",
+        count=_each_eighth,
+        token_id=PHI4_AUDIO,
+        seconds=40.0,  # mlx-vlm's tower attends to the padding of longer ones
+    ),
     "qwen3_omni_moe": SoundClass(
         placeholder="<|audio_pad|>",
         soft="<|audio_pad|>",
@@ -137,9 +154,15 @@ SOUND_CLASSES: Mapping[str, SoundClass] = {
 
 def has_sounds(config: Mapping[str, Any]) -> bool:
     """Return whether models of this config.json read sounds here, if their files are complete."""
-    return config.get("model_type") in SOUND_CLASSES and bool(
-        without_speech(config).get("audio_config")
-    )
+    return config.get("model_type") in SOUND_CLASSES and bool(audio_config(config))
+
+
+def audio_config(config: Mapping[str, Any]) -> Any:
+    """Return the part of config.json about the audio tower, None if there is none."""
+    config = without_speech(config)
+    named = config.get("audio_processor")  # of Phi-4 Multimodal
+    inner = named.get("config") if isinstance(named, Mapping) else None
+    return config.get("audio_config") or inner
 
 
 def sound_settings(
@@ -226,8 +249,52 @@ class SoundProcessor:
         return hashlib.sha256(settings.encode()).digest()
 
 
+def with_sound_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return config.json with its audio tower and token of sounds under the usual names.
+
+    Raises `ModelLoadError` if it has no audio tower.
+    """
+    if not has_sounds(config):
+        raise ModelLoadError("config.json has no audio tower")
+    needs = SOUND_CLASSES[config["model_type"]]
+    token_id = config.get("audio_token_id", config.get("audio_token_index", needs.token_id))
+    return {**config, "audio_config": audio_config(config), "audio_token_id": token_id}
+
+
+class _SpeechFeatures:
+    """Phi-4 Multimodal's feature extractor, with the interface of those of transformers."""
+
+    sampling_rate = 16_000
+    #: The samples of a window: a sound has one at least.
+    hop_length = 400
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        """Raise `ModelLoadError` for settings that mlx-vlm's does not have."""
+        for name, only in (
+            ("audio_compression_rate", 8), ("audio_downsample_rate", 1), ("audio_feat_stride", 1),
+        ):  # fmt: skip
+            if settings.get(name, only) != only:
+                raise ModelLoadError(f"{name} {str(settings[name])[:50]} is not {only}")
+        module: Any = importlib.import_module("mlx_vlm.models.phi4mm.processing_phi4mm")
+        self._extractor = module.Phi4MMAudioFeatureExtractor()
+
+    def __call__(self, sounds: list[NDArray[np.float32]], **_: Any) -> dict[str, Any]:
+        made = self._extractor([(samples, self.sampling_rate) for samples in sounds])
+        features = np.array(made["input_audio_embeds"])
+        return {
+            "input_features": features,
+            "input_features_mask": np.ones(features.shape[:2], np.bool_),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what its features depend on."""
+        return {"feature_extractor_type": type(self._extractor).__name__}
+
+
 def _extractor(needs: SoundClass, settings: Mapping[str, Any]) -> Any:
-    """Return the feature extractor of transformers for these settings."""
+    """Return the feature extractor for these settings."""
+    if ":" not in needs.extractor:
+        return _SpeechFeatures(settings)
     rate = settings.get("sampling_rate", 16_000)
     if type(rate) is not int or not 8_000 <= rate <= 32_000:
         raise ModelLoadError(f"sampling_rate {str(rate)[:50]} is not a number from 8000 to 32000")

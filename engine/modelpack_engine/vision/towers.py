@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -44,8 +45,10 @@ class _Text:
         return None, None
 
 
+#: Before the names of Phi-4 Multimodal's tensors of its audio tower, after "model.".
+_PHI4 = "embed_tokens_extend.audio_embed."
 #: Names of the tensors of audio towers.
-_SOUNDS = ("audio_tower.", "embed_audio.")
+_SOUNDS = ("audio_tower.", "embed_audio.", "audio_encoder.", _PHI4)
 #: What mlx-vlm's classes raise for a config or weights that do not fit them.
 _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
@@ -464,7 +467,7 @@ class _PartsTower(Module):  # type: ignore[misc]
         self.crossing: Crossing | None = None
         self._scale = self._width**0.5 if scale else 1.0
         self._soft_ids = [
-            config["image_token_id"],
+            config.get("image_token_id"),
             config.get("audio_token_id", GEMMA3N_AUDIO),
             config.get("video_token_id"),
         ]
@@ -742,6 +745,42 @@ def _muse_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return cast(mx.array, tower.vision_projection(tower.vision_adapter(states)))
 
 
+def _phi4_audio(package: Any, audio: Mapping[str, Any], config: Any) -> dict[str, Module]:
+    made = config._audio_config
+    if made.time_reduction != 8 or made.chunk_size != -1:
+        raise ValueError("audio_processor.config: time_reduction is not 8, or chunk_size is not -1")
+    # `_phi4_names` has brought the weights into the layout of MLX.
+    body = {"sanitize": lambda self, weights: weights}
+    encoder = type("AudioEncoder", (package.ConformerEncoder,), body)
+    projection = package.audio.AudioProjection(made.attention_dim, config.hidden_size)
+    return {"audio_encoder": encoder(made), "audio_projection": projection}
+
+
+def _phi4_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Return the rows of sounds of one length, for prompts without pictures."""
+    states, _ = tower.audio_encoder(inputs["input_features"])
+    return cast(mx.array, tower.audio_projection(states, mode="speech").flatten(0, 1))
+
+
+def _phi4_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Return those of the audio tower; files of mlx-vlm have them by the names of its modules."""
+    audio = {n.removeprefix(_PHI4): v for n, v in weights.items() if n.startswith(_PHI4)}
+    if not audio:
+        return {n: value for n, value in weights.items() if n.startswith("audio_")}
+    module: Any = importlib.import_module("mlx_vlm.models.phi4mm")
+    encoder = {
+        n.replace("encoder.", "audio_encoder.", 1): value
+        for n, value in audio.items()
+        if n.startswith("encoder.")
+    }
+    projection = {
+        re.sub(r"\.([02])\.", r".proj_\1.", n): value
+        for n, value in audio.items()
+        if n.startswith("audio_projection.")
+    }
+    return {**module.ConformerEncoder.sanitize(None, encoder), **projection}
+
+
 def _phi3_parts(package: Any, config: Any) -> dict[str, Module]:
     return {"vision_embed_tokens": package.VisionModel(config)}
 
@@ -826,12 +865,14 @@ _RENAMED: Mapping[str, Callable[[dict[str, mx.array]], dict[str, mx.array]]] = {
     "mllama": _mllama_names,
     "molmo": _molmo_names,
     "paddleocr_vl": _paddle_names,
+    "phi4mm": _phi4_names,
     "qwen3_omni_moe": _omni_names,
 }
 #: By model type, the modules that encode sounds.
 _SOUND_PARTS: Mapping[str, Callable[[Any, Mapping[str, Any], Any], dict[str, Module]]] = {
     "gemma3n": _gemma3n_audio,
     "gemma4_unified": _gemma4_unified_audio,
+    "phi4mm": _phi4_audio,
     "qwen3_omni_moe": _omni_audio,
 }
 #: By model type: the modules that encode pictures, by the names of their tensors; how they do it;
@@ -858,6 +899,7 @@ _PARTS: Mapping[
     "paddleocr_vl": (_paddle_parts, _paddle_rows, False),
     "paligemma": (_paligemma_parts, _paligemma_rows, False),
     "phi3_v": (_phi3_parts, _phi3_rows, False),
+    "phi4mm": (lambda package, config: {}, _phi4_rows, False),
     "qwen3_omni_moe": (_omni_parts, _omni_rows, False),
 }
 
@@ -964,6 +1006,8 @@ def _made_config(package: Any, config: Mapping[str, Any]) -> Any:
     if hasattr(package, "ThinkerConfig"):
         vision = package.VisionConfig.from_dict(given["vision_config"])
         return SimpleNamespace(model_type=given["model_type"], vision_config=vision)
+    if given["model_type"] == "phi4mm":
+        return package.ModelConfig.from_dict(given)
     if given.get("audio_config") is None:
         given["audio_config"] = {}
     if given["model_type"] == "molmo":  # the language model's sizes, which its tower needs

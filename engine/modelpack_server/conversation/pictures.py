@@ -143,8 +143,10 @@ class PictureReader:
         urls: MediaFetcher | None = None,
         no_sounds: str = "",
         no_videos: str = "",
+        no_pictures: str = "",
     ) -> None:
-        self._no_vision, self._no_sounds, self._no_videos = no_vision, no_sounds, no_videos
+        self._no_vision, self._no_pictures = no_vision, no_pictures
+        self._no_sounds, self._no_videos = no_sounds, no_videos
         self._urls, self._count = urls, 0
 
     def url(self, url: object, param: str, detail: object = None) -> dict[str, Any]:
@@ -152,7 +154,7 @@ class PictureReader:
 
         `detail` is OpenAI's: "low" makes the picture smaller, anything else leaves it as it is.
         """
-        self._check_vision(param)
+        self._check_pictures(param)
         max_side = LOW_DETAIL_SIDE if detail == "low" else None
         if not isinstance(url, str) or not url:
             raise RequestError(f"{param}: the URL of the picture is not a string", param=param)
@@ -171,7 +173,7 @@ class PictureReader:
 
     def base64(self, text: object, param: str) -> dict[str, Any]:
         """Return the part of a message for a picture in base64."""
-        self._check_vision(param)
+        self._check_pictures(param)
         return self.file(self._decoded(text, param, "picture"), param)
 
     def media(self, text: object, param: str) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class PictureReader:
 
         Raises `RequestError`, also if there is nothing that renders it.
         """
-        self._check_vision(param)
+        self._check_pictures(param)
         if importlib.util.find_spec("pypdfium2") is None:
             raise RequestError(
                 f"{param}: PDF documents need the extra 'documents', which is not installed"
@@ -250,6 +252,7 @@ class PictureReader:
 
     def file(self, data: bytes, param: str, max_side: int | None = None) -> dict[str, Any]:
         """Return the part of a message for the bytes of a file."""
+        self._check_pictures(param)
         self._count_one(param)
         if not data:
             raise RequestError(f"{param}: the picture is empty", param=param)
@@ -322,6 +325,13 @@ class PictureReader:
             )
         check_decoder(param)
 
+    def _check_pictures(self, param: str) -> None:
+        self._check_vision(param)
+        if self._no_pictures:
+            raise RequestError(
+                f"{param}: this model reads no pictures: {self._no_pictures}", param=param
+            )
+
     def _check_vision(self, param: str) -> None:
         if self._no_vision:
             raise RequestError(
@@ -341,7 +351,8 @@ def picture_reader(model: ServedModel) -> PictureReader | None:
     """Return the reader for a request to `model`; None if it is a model of text."""
     if (processor := model.pictures) is not None:
         urls = request_context.get().media_urls
-        return PictureReader("", urls, processor.why_no_sounds, processor.why_no_videos)
+        why = processor.why_no_sounds, processor.why_no_videos, processor.why_no_pictures
+        return PictureReader("", urls, *why)
     reason = model.engine.no_vision
     return PictureReader(reason) if reason else None
 

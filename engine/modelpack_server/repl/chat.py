@@ -149,6 +149,10 @@ class Chat:
             reason = self.model.engine.no_vision
             why = f": {reason}" if reason else ", not pictures"
             raise RequestError(f"{self.model.name} accepts text only{why}")
+        has_pictures = any(part["type"] == "image" for part in pictures)
+        if has_pictures and processor is not None and not processor.image_token:
+            why = processor.why_no_pictures
+            raise RequestError(f"{self.model.name} reads no pictures: {why}")
         has_sounds = any(part["type"] == "audio" for part in pictures)
         if has_sounds and processor is not None and processor.sounds is None:
             raise RequestError(f"{self.model.name} reads no sound: {processor.why_no_sounds}")

@@ -114,11 +114,9 @@ REASONS: Mapping[str, str] = {
     "nemotron_h_nano_omni": f"{_PICTURES}: {_NO_EMBEDDINGS} (nemotron_h); {_SOUND}: likewise",
     "nemotron_parse": "an encoder and a decoder",
     "nemotron_voicechat": f"{_SOUND}: it listens and speaks at the same time, in a session",
-    "phi4mm": f"{_PICTURES}: mlx-vlm's processor cuts them into no tiles, as the model's does;"
-    f" {_SOUND}: an adapter changes all layers of prompts with them",
 }  # fmt: skip
 
-#: What types that read pictures do not read, and why.
+#: What types that read pictures or sounds do not read, and why.
 PARTLY: Mapping[str, str] = {
     **_each(
         f"{_VIDEOS}: mlx-vlm's processor takes none",
@@ -126,6 +124,7 @@ PARTLY: Mapping[str, str] = {
     ),
     "minicpmv4_6": f"{_VIDEOS}: frames are cut into slices",
     "smolvlm": f"{_VIDEOS}: mlx-vlm tiles frames and omits their times, unlike transformers",
+    "phi4mm": f"{_PICTURES}: mlx-vlm's processor cuts them into no tiles, as the model's does",
     "minicpmo": f"{_SOUND}: mlx-vlm's encoder attends to all of it, the model's to parts of 1 s",
 }
 
@@ -144,7 +143,8 @@ def outcome(name: str) -> tuple[str, str]:
     kind = _TYPES.get(name, name)
     if kind in CLASSES:
         more = {"sounds": SOUND_CLASSES, "videos": VIDEO_CLASSES}
-        *first, last = ["pictures", *(name for name in more if kind in more[name])]
+        shown = ["pictures"] * CLASSES[kind].pictures
+        *first, last = [*shown, *(name for name in more if kind in more[name])]
         read = f"{', '.join(first)} and {last}" if first else last
         tier = " (fallback)" if kind in FALLBACK else ""
         return f"{read}{tier}", PARTLY.get(name, "")

@@ -26,7 +26,7 @@ from modelpack_server.pool.pool import ModelPool
 from modelpack_server.pool.store_catalogue import StoreCatalogue
 from tests.cli.running import modelpack
 from tests.engine.serving.tiny import TinyCatalogue, tiny_server, write_tiny
-from tests.engine.vision import hearing, tiny
+from tests.engine.vision import hearing, phi4, tiny
 from tests.engine.vision.hearing import RATE, sound
 from tests.engine.vision.media import file_of, url
 from tests.engine.vision.sound_files import BAD_FILES, fixture, wav
@@ -118,6 +118,23 @@ def test_ollama(gemma: Served) -> None:
     assert said(PROMPT, SOUND).startswith(found)
     given = {"prompt": "What is it?", "images": [encoded(ONE)]}
     assert gemma.http.post("/api/generate", json=body | given).json()["response"] == found
+
+
+def test_a_model_that_reads_sounds_only() -> None:
+    catalogue = TinyCatalogue(lambda: phi4.engine_of(max_num_batched_tokens=256))
+    app = create_app(ModelPool(catalogue, memory=10_000, grace=0.0))
+    with TestClient(app) as http:
+        served = Served(http, catalogue)
+        answer = served.chat([part(ONE), QUESTION]).json()
+        prompt = f"<|user|><audio>{QUESTION['text']}<eos><|assistant|>"
+        tokens = phi4.expected(prompt, [SOUND])
+        text = phi4.loaded().tokenizer.decode(tokens)
+        assert answer["choices"][0]["message"]["content"] == text
+        shown = {"type": "image_url", "image_url": {"url": url(file_of(picture(1)))}}
+        refused = served.chat([part(ONE), shown])
+        assert refused.status_code == 400
+        why = "messages[0].content[1]: this model reads no pictures: only its sounds are read"
+        assert refused.json()["error"]["message"] == why
 
 
 @pytest.mark.parametrize("template", [
