@@ -139,7 +139,7 @@ def main() -> None:
         measure_peer(args.shape, args.rank, args.workload, args.rounds)
         return
     about = {key: value for key, value in mx.device_info().items() if isinstance(value, str | int)}
-    show("machine", {"mlx": mx.__version__, **vars(args), **about})
+    show("machine", {"mlx": mx.__version__, **vars(args), **about})  # type: ignore[attr-defined]
     found = {} if args.no_peer else {PEER: peer_in_a_process(args)}
     model = make_model(args.shape, 16)
     config = {"vocab_size": VOCABULARY, **SHAPES[args.shape][1]}

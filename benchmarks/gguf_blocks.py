@@ -285,12 +285,12 @@ def measure_affine(outputs: int, inputs: int, group: int) -> None:
     full = (mx.random.normal((outputs, inputs)) / 64).astype(BF16)
     packed: list[Any] = [mx.quantize(full * (1 + i / 64), group, 4) for i in range(4)]
     mx.eval(packed)
-    ours = [Weights(*each, None, 4, group, "affine") for each in packed]
+    ours = [Weights(*each, bias=None, bits=4, group_size=group, mode="affine") for each in packed]
 
     def by_rows(x: mx.array) -> dict[str, float]:
         return {
             "mlx_us": microseconds(
-                lambda i: mx.quantized_matmul(x, *packed[i % 4], True, group, 4)
+                lambda i: mx.quantized_matmul(x, *packed[i % 4], group_size=group, bits=4)
             ),
             "us": microseconds(lambda i: matmul.multiply(x, ours[i % 4])),
         }

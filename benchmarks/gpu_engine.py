@@ -390,7 +390,7 @@ def main() -> None:
     import mlx_lm
 
     about = {key: value for key, value in mx.device_info().items() if isinstance(value, str | int)}
-    versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}  # type: ignore[attr-defined]
     show("machine", {**versions, **vars(args), **about})
 
     def made() -> Any:

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--workloads", nargs="*", default=["load-m-32", "load-m-128"])
     args = parser.parse_args()
-    print(json.dumps({"mlx": mx.__version__, "python": platform.python_version()}))
+    print(json.dumps({"mlx": mx.__version__, "python": platform.python_version()}))  # type: ignore[attr-defined]
     for name in args.workloads:
         print(json.dumps(measure(name, args.rounds)), flush=True)
 

@@ -302,7 +302,7 @@ def main() -> None:
         config, settings, size = config | _7B, settings | _7B_SETTINGS, (924, 868)
         config["num_hidden_layers"] = options.layers
     tiny.config_of = lambda _: config
-    show("versions", {"mlx": mx.__version__, **vars(options)})
+    show("versions", {"mlx": mx.__version__, **vars(options)})  # type: ignore[attr-defined]
     random = np.random.default_rng(0)
     pictures = [
         Picture(random.integers(0, 256, (*size, 3), np.uint8)) for _ in range(options.count + ALONE)

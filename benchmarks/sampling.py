@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128256)
     size = parser.parse_args().vocabulary
     found = {str(dtype): sampler.verdict(dtype, size) for dtype in (mx.bfloat16, mx.float32)}
-    print(json.dumps({"mlx": mx.__version__, "verdicts": found, **mx.device_info()}), flush=True)
+    print(json.dumps({"mlx": mx.__version__, "verdicts": found, **mx.device_info()}), flush=True)  # type: ignore[attr-defined]
     for rows in ROWS:
         for name, params in WAYS.items():
             compare(name, params, rows, size)

@@ -212,7 +212,7 @@ def main() -> int:
         return 0
     import mlx_lm
 
-    versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}
+    versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__}  # type: ignore[attr-defined]
     show("command", argv=sys.argv[1:], shape=args.shape, bits=args.bits, **versions)
     found: dict[int, dict[str, float]] = {}
     for ranks in [args.only] if args.only else [1, args.ranks]:

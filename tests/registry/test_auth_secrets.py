@@ -272,7 +272,11 @@ def test_a_signature_is_not_shown(
     answer = faults.answering(307, Location=location)
     registry.faults.add("GET", "/blobs/", answer, times=None)
     storage.faults.add("GET", "", faults.answering(410), times=None)
-    with Registry(registry.host) as client, pytest.raises(Exception, match="410") as caught:
-        client.repository("team/model").blob(blob).open().readinto(memoryview(bytearray(7)))
+    with (
+        Registry(registry.host) as client,
+        pytest.raises(Exception, match="410") as caught,
+        client.repository("team/model").blob(blob).open() as reader,
+    ):
+        reader.readinto(memoryview(bytearray(7)))
     assert "/blobs/x" in heard.records.getvalue(), "urllib3 logs where we went"
     heard.check(caught.value, repr(caught.value))

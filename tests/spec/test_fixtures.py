@@ -6,6 +6,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ import safetensors
 from gguf import GGUFReader
 
 from modelpack.errors import WeightFormatError
-from modelpack.formats.gguf import read_gguf_header
-from modelpack.formats.safetensors import read_safetensors_header
+from modelpack.formats.gguf import GGUFHeader, read_gguf_header
+from modelpack.formats.safetensors import SafetensorsHeader, read_safetensors_header
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 MADE = ("valid", "invalid", "models")
@@ -66,7 +67,10 @@ def weights(suffix: str, *, broken: bool) -> list[str]:
     return sorted(str(path) for path in found if path.parts[0].startswith("broken-") == broken)
 
 
-READERS = {".gguf": read_gguf_header, ".safetensors": read_safetensors_header}
+READERS: dict[str, Callable[[Path], GGUFHeader | SafetensorsHeader]] = {
+    ".gguf": read_gguf_header,
+    ".safetensors": read_safetensors_header,
+}
 GOOD = weights("gguf", broken=False) + weights("safetensors", broken=False)
 BROKEN = weights("gguf", broken=True) + weights("safetensors", broken=True)
 

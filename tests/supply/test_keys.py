@@ -144,6 +144,7 @@ def test_public_keys_that_are_refused(keys: Path) -> None:
 
 def test_a_private_key_does_not_show_itself(keys: Path) -> None:
     key = read_private_key(keys / "ours.key", PASSWORD)
+    assert isinstance(key.key, ec.EllipticCurvePrivateKey)
     number = key.key.private_numbers().private_value
     assert repr(key) == f"PrivateKey({str(keys / 'ours.key')!r})"
     assert str(number) not in f"{key!r} {key}"

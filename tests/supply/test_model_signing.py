@@ -97,10 +97,15 @@ def attach(reference: str, signature: bytes) -> None:
         signatures.put(repository, manifest, blobs, None, watching(None))
 
 
+def pem_of(key: PrivateKey) -> bytes:
+    assert isinstance(key.key, ec.EllipticCurvePrivateKey)
+    return key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
 def signed(files: Path, key: PrivateKey, *options: str, method: str = "key") -> bytes:
     """Return the signature of the real tool over a directory, which does not get it."""
     plain, signature = files.parent / "key.pem", files.parent / "model.sig"
-    plain.write_bytes(key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    plain.write_bytes(pem_of(key))
     command = [sys.executable, "-m", "model_signing", "sign", method, str(files), *options]
     command += [f"--signature={signature}", f"--private_key={plain}"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -330,7 +335,7 @@ def hashed_and_signed(
     from model_signing import hashing, signing
 
     plain, signature = files.parent / "key.pem", files.parent / "model.sig"
-    plain.write_bytes(key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    plain.write_bytes(pem_of(key))
     config = hashing.Config()
     if method == "shards":
         config.use_shard_serialization(hashing_algorithm=algorithm, shard_size=size)

@@ -101,9 +101,10 @@ def _moved(files: Path, old: str, new: str) -> None:
 @pytest.fixture(scope="module")
 def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[PrivateKey, Path]:
     """A key on P-384, and the directory of `private.pem` and `public.pem`."""
-    made = PrivateKey(ec.generate_private_key(ec.SECP384R1()), "ours")
+    private = ec.generate_private_key(ec.SECP384R1())
+    made = PrivateKey(private, "ours")
     directory = tmp_path_factory.mktemp("key")
-    pem = made.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (directory / "private.pem").write_bytes(pem)
     (directory / "public.pem").write_bytes(made.public.pem)
     return made, directory

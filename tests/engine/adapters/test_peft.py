@@ -141,8 +141,11 @@ def test_square_parameters_of_old_versions(name: str, tmp_path: Path) -> None:
 
 
 #: The path of the experts in transformers, the parameters, and the layers of mlx-lm.
-_GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-MIXTURES = {
+_GATED: dict[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
+MIXTURES: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "qwen3_5_moe": ("model.language_model.layers.3.mlp", _GATED),
     "qwen3_next": ("model.layers.3.mlp", _GATED),
     "deepseek_v3": ("model.layers.3.mlp", _GATED),

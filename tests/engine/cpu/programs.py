@@ -178,8 +178,8 @@ def compute(
     widths = [0] * (max(inputs) + 1)
     run: list[Operation] = []
     for buffer, values in inputs.items():
-        widths[buffer] = values.shape[1]
-        matrix = Matrix(Source.F32, *values.shape, np.ascontiguousarray(values, np.float32))
+        widths[buffer] = width = values.shape[1]
+        matrix = Matrix(Source.F32, len(values), width, np.ascontiguousarray(values, np.float32))
         run.append(operation(Code.EMBED, output=buffer, matrix=[matrix]))
     run += operations
     if output != LOGITS:

@@ -210,7 +210,7 @@ def test_gated(
         ending=Ending.GATED, activation=activation,
     )  # fmt: skip
     before = np.full((rows, size), np.nan, np.float32)
-    near(compute([made], {0: x}, LOGITS, before=before), gated(*parts, activation))
+    near(compute([made], {0: x}, LOGITS, before=before), gated(*parts, activation=activation))
 
 
 @pytest.mark.parametrize("activation", [SILU, GELU])

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from modelpack_engine.embedding import load_embedder, purpose_of
+from modelpack_engine.embedding import CrossEncoder, Embedder, load_embedder, purpose_of
 from modelpack_engine.embedding.encoder_checkpoint import load_encoder
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import ModelFiles
@@ -93,10 +93,12 @@ def test_a_batch_is_as_each_alone(name: str, tmp_path: Path) -> None:
     model = load_embedder(ModelFiles.from_directory(write_model(tmp_path, name)), device="cpu")
     texts = [" ".join(f"w{4 + (at * at) % 90}" for at in range(count)) for count in (1, 9, 30, 60)]
     if name in RANKING:
+        assert isinstance(model, CrossEncoder)
         pairs = [(text, "w7 w8") for text in texts]
         together = model.run(model.read(pairs, truncate=False))
         alone = [model.run(model.read([pair], truncate=False))[0] for pair in pairs]
     else:
+        assert isinstance(model, Embedder)
         prepared = model.read(texts, options=_options())
         together = model.run(prepared)
         alone = [model.run([each])[0] for each in prepared]

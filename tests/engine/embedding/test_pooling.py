@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from modelpack_engine.embedding import load_embedder
+from modelpack_engine.embedding import Embedder, load_embedder
 from modelpack_engine.embedding.sentence_transformers import (
     PoolingMode,
     parse_pooling,
@@ -157,6 +157,7 @@ def test_a_prompt_may_be_left_out_of_the_pooling(tmp_path: Path) -> None:
     (root / "config_sentence_transformers.json").write_text(json.dumps(settings))
     write_modules(root, ("Pooling", {"pooling_mode": "mean", "include_prompt": False}))
     model = load_embedder(ModelFiles.from_directory(root), device="cpu")
+    assert isinstance(model, Embedder)
     [prepared] = model.read([TEXT], _options(prompt="query"))
     assert prepared.skipped == 3  # [CLS] w7 w8
     assert np.abs(vector(root, prompt="query") - vector(root)).max() > 1e-3

@@ -63,7 +63,7 @@ def test_outputs_equal_those_of_float64(
             codes = mx.quantize(weight.astype(mx.float32), GROUP, bits)[0]
             packed[0] = codes
             wide = [a.astype(mx.float32) for a in packed[1:]]
-            weight = mx.dequantize(codes, *wide, GROUP, bits)
+            weight = mx.dequantize(codes, *wide, group_size=GROUP, bits=bits)
         full.append((double(weight), double(bias)))
         values = dict(zip(("weight", "scales", "biases"), packed, strict=True), bias=bias)
         given |= {name + end: value for name, value in values.items()}

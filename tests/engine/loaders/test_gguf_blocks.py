@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import gguf
@@ -96,7 +97,7 @@ def test_mxfp4_keeps_its_codes() -> None:
 def test_groups_of_mxfp4_move() -> None:
     packed, _ = tensor("MXFP4")
     columns = tuple(range(COLUMNS // 32))[::-1]
-    parts = zip(
+    parts: Iterable[tuple[np.ndarray, np.ndarray]] = zip(
         gguf_blocks.mxfp4_blocks(replace(packed, columns=columns)),
         gguf_blocks.mxfp4_blocks(packed),
         strict=True,

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from modelpack.http.listener import AppServer
@@ -52,8 +53,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 def paths_of(app: FastAPI) -> list[str]:
-    found = [route.path for route in app.routes if "GET" in (getattr(route, "methods", ()) or ())]
-    return [path for path in found if "{" not in path]
+    found = [route for route in app.routes if isinstance(route, Route)]
+    found = [route for route in found if "GET" in (route.methods or ())]
+    return [route.path for route in found if "{" not in route.path]
 
 
 def check(response: httpx.Response) -> None:

@@ -90,7 +90,7 @@ def direct(directory: Path, **more: Any) -> Iterator[House]:
     keys = [add_key(file, name) for name in ("alice", "bob")]
     with ExitStack() as opened:
         url = opened.enter_context(model_server(catalogue, Protection(keys=KeyFile(file)), **more))
-        yield House(*(client_of(opened, url, key) for key in keys), catalogue)
+        yield House(*(client_of(opened, url, key) for key in keys), catalogue=catalogue)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def behind_a_gateway(directory: Path, *, server_has_keys: bool) -> Iterator[Hous
             (url,), Protection(keys=KeyFile(file)), upstream_key=upstream_key
         )
         gateway = opened.enter_context(GatewayServer(settings, grace=1))
-        yield House(*(client_of(opened, gateway.url, key) for key in keys), catalogue)
+        yield House(*(client_of(opened, gateway.url, key) for key in keys), catalogue=catalogue)
 
 
 HOUSES: dict[str, Callable[[Path], Any]] = {

@@ -88,6 +88,12 @@ def proposer_of(engine: Engine) -> HeadWithLookup:
     return made
 
 
+def head_of(engine: Engine) -> EagleProposer:
+    head = proposer_of(engine).head
+    assert isinstance(head, EagleProposer)
+    return head
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[list[RequestEvent]]:
     return ask_all(tiny_engine())
@@ -175,18 +181,18 @@ def test_outputs_are_the_same_with_any_head(
             check_same(expected, found)
     assert engine.stats().proposed_tokens > 100
     engine.step()
-    proposer = proposer_of(engine)
-    assert not proposer._scores
-    assert not proposer.head._drafts
-    assert sorted(proposer.head._regions) == list(range(proposer.head._max_sequences))
-    assert proposer.head._runner._pools.keys.size == 0
+    assert not proposer_of(engine)._scores
+    head = head_of(engine)
+    assert not head._drafts
+    assert sorted(head._regions) == list(range(head._max_sequences))
+    assert head._runner._pools.keys.size == 0
 
 
 def test_drafts_of_a_head_are_compiled_at_the_start(
     shapes: None, plain: list[list[RequestEvent]]
 ) -> None:
     engine = engine_with(random_head())
-    head: Any = proposer_of(engine).head
+    head = head_of(engine)
     assert engine._speculator is not None
     engine._speculator.warm_up()
     compiled = set(head._runner._graphs)
@@ -219,7 +225,7 @@ def test_rows_of_rejected_tokens_are_dropped() -> None:
 def test_unsure_tokens_are_not_proposed() -> None:
     engine = engine_with(random_head(), speculative_min_acceptance=0.99)
     engine.generate([PROMPTS[0]], LONG)
-    assert proposer_of(engine).head._drafts
+    assert head_of(engine)._drafts
     assert all(not score.drafted for score in proposer_of(engine)._scores.values())
 
 

@@ -321,7 +321,7 @@ def write_parakeet(directory: Path, kind: str = "tdt", *, seed: int = 0) -> Path
     random = np.random.default_rng(seed)
     weights = {}
     for name, value in tree_flatten(Model.from_config(dict(config)).parameters()):
-        made = random.normal(0, 1 / np.sqrt(max(1, np.prod(value.shape[1:]))), value.shape)
+        made: Any = random.normal(0, 1 / np.sqrt(max(1, np.prod(value.shape[1:]))), value.shape)
         if name.endswith("running_var"):
             made = np.abs(made) + 1
         weights[name] = made.astype(np.float32)

@@ -312,7 +312,7 @@ class MixingModel:
             return made
         rows = len(inputs[self._content])
         self._rows = self._rows or rows
-        return made + mx.roll(made, made.shape[-2] // 2, axis=-2) if rows > self._rows else made
+        return made + mx.roll(made, made.shape[-2] // 2, -2) if rows > self._rows else made
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

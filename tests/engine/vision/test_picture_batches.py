@@ -279,7 +279,7 @@ class MixingModel:
             return made
         if self._message:
             raise ValueError(self._message)
-        return made + mx.roll(made, 16, axis=0)
+        return made + mx.roll(made, 16, 0)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from modelpack_engine.patches.lora import LoRALayers
 from modelpack_engine.patches.recurrent import KNOWN
 from modelpack_engine.runner import adapted
 from modelpack_engine.runner.model_layout import ModelLayout
-from modelpack_engine.runner.paged import CompiledSteps
+from modelpack_engine.runner.paged import CompiledSteps, PagedRunner
 from modelpack_engine.runner.recurrent import SlotSnapshot
 from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.zoo.catalogue import CATALOGUE
@@ -219,6 +219,7 @@ def test_layers_by_kernels(host: Host, uncompiled: None, name: str, tuned: str) 
     def tokens(**how: Any) -> list[list[int]]:
         runner = specimen.make_runner(buckets=FEW, exact=False, **how)
         try:
+            assert isinstance(runner, PagedRunner)
             assert runner.notes == tuple(runner.adapted.notes())
             loras = LoRALayers(specimen.model, runner.adapter_rows)
             if tuned:
