@@ -551,7 +551,7 @@ def open_vision(
     needs = CLASSES[config["model_type"]]
     random, batched = np.random.default_rng(0), set[str]()
     together = joins() and needs.batched
-    processor: TowerProcessor = HearingProcessor()
+    processor: TowerProcessor = HearingProcessor(config)
     if needs.pictures:
         processor = PictureProcessor(config, settings, encode)
         pictures = [*map(Picture, random.integers(0, 256, (2, 64, 96, 3), np.uint8))]

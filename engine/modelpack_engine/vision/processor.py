@@ -339,6 +339,17 @@ class MediaProcessor(ABC):
 class TowerProcessor(MediaProcessor):
     """Places files in prompts for the towers of a model of mlx-vlm."""
 
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._kind = str(config["model_type"])
+
+    def token_ids(self, text: str, encode: Encode) -> list[int]:
+        return encode(self.with_spaces(text))
+
+    def with_spaces(self, text: str) -> str:
+        """Return the text of a prompt with what the model has around pictures and sounds."""
+        return text if self.sounds is None else self.sounds.with_spaces(text)
+
     @property
     def mrope(self) -> bool:
         """Whether tokens have three positions each, so that `Media.grid` is set."""
@@ -360,9 +371,6 @@ class HearingProcessor(TowerProcessor):
 
     image_token, image_token_id = "", -1
 
-    def token_ids(self, text: str, encode: Encode) -> list[int]:
-        return encode(text)
-
     def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
         raise RequestError(
             f"{picture.param}: this model reads no pictures: {self.why_no_pictures}",
@@ -380,8 +388,7 @@ class PictureProcessor(TowerProcessor):
 
         Raises `ModelLoadError` if the tokenizer has no placeholder, or the settings are wrong.
         """
-        super().__init__()
-        self._kind = str(config["model_type"])
+        super().__init__(config)
         self.image_token = CLASSES[self._kind].placeholder
         config = with_image_token(config, encode)
         self._config, self._encode = config, encode
@@ -398,13 +405,8 @@ class PictureProcessor(TowerProcessor):
         if self._kind.startswith("gemma4"):
             _check_patches(made, config["vision_config"])
 
-    def token_ids(self, text: str, encode: Encode) -> list[int]:
-        return encode(self.with_spaces(text))
-
     def with_spaces(self, text: str) -> str:
-        """Return the text of a prompt with what the model has around pictures and sounds."""
-        if self.sounds is not None:
-            text = self.sounds.with_spaces(text)
+        text = super().with_spaces(text)
         needs, token = self._needs, self.image_token
         if needs.joins:
             return re.sub(rf"{re.escape(token)}(?=[^\s<])", f"{token} ", text)
