@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
@@ -297,12 +298,13 @@ _HARMONY = ("<|return|>", "<|call|>")
 _PHI3_KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Vocabulary:
     tokens: list[str]
     types: list[int]
     scores: list[float]
 
+    @cached_property
     def ids(self) -> dict[str, int]:
         return {token: at for at, token in enumerate(self.tokens)}
 
@@ -363,7 +365,7 @@ def _tokenizer(metadata: Metadata, chat_template: str | None) -> Tokenizer:
     added = [token for token in (before, after, between) if token is not None]
     check_surrounding(metadata, *added)
     if added:
-        ids = vocabulary.ids()
+        ids = vocabulary.ids
         pair = (before, "$A", after, between, "$B", after)
         backend.post_processor = processors.TemplateProcessing(
             single=[token for token in (before, "$A", after) if token is not None],
@@ -433,7 +435,7 @@ def _pre_tokenizer(metadata: Metadata) -> PreTokenizer:
 
 def _merges(metadata: Metadata, vocabulary: _Vocabulary) -> list[tuple[str, str]]:
     """Return the merges of the file whose parts and result are tokens."""
-    known = vocabulary.ids()
+    known = vocabulary.ids
     merges: list[tuple[str, str]] = []
     for raw in metadata.strings(f"{_KEY}merges"):
         merge = raw.decode(errors="replace")
@@ -450,7 +452,7 @@ def _byte_level(
     metadata: Metadata, vocabulary: _Vocabulary, pre_tokenizer: PreTokenizer
 ) -> tokenizers.Tokenizer:
     merges = _merges(metadata, vocabulary)
-    model = models.BPE(vocabulary.ids(), merges, ignore_merges=pre_tokenizer.whole_words)
+    model = models.BPE(vocabulary.ids, merges, ignore_merges=pre_tokenizer.whole_words)
     backend = tokenizers.Tokenizer(model)
     patterns = map(tokenizers.Regex, pre_tokenizer.patterns)
     splits = [pre_tokenizers.Split(pattern, "isolated") for pattern in patterns]
@@ -465,7 +467,7 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     unknown = _special_id(metadata, "unknown", vocabulary)
     model = models.BPE(
-        vocabulary.ids(),
+        vocabulary.ids,
         merges,
         unk_token=None if unknown is None else vocabulary.tokens[unknown],
         byte_fallback=True,
@@ -543,7 +545,7 @@ def _ends(metadata: Metadata, vocabulary: _Vocabulary, eos: int | None) -> froze
     others = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
     named = (eos, *(_special_id(metadata, name, vocabulary) for name in others))
     found = {at for at in named if at is not None}
-    ids = vocabulary.ids()
+    ids = vocabulary.ids
     found |= {ids[token] for token in _ENDS if token in ids}
     special = (ids[token] for token in _ENDS_IF_SPECIAL if token in ids)
     found |= {at for at in special if vocabulary.types[at] == _CONTROL}
