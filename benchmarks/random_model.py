@@ -1,6 +1,6 @@
 """Write a model with random weights of a published shape, for servers that read directories.
 
-    python benchmarks/random_model.py DIRECTORY [--shape llama-8b] [--seed 7]
+    python benchmarks/random_model.py DIRECTORY [--shape llama-8b] [--layers 4] [--seed 7]
 
 The weights are bfloat16 and normal with a deviation of 0.02. The tokenizer has every word of the
 prompts of `modelpack bench` as one token, so that prompts have the lengths that were asked for.
@@ -30,10 +30,15 @@ ARCHITECTURES = {
 SHARD_BYTES = 4 << 30
 
 
-def write(directory: Path, shape: str, seed: int) -> None:
-    """Write the configuration, the tokenizer and the weights of `shape` into `directory`."""
+def write(directory: Path, shape: str, layers: int | None, seed: int) -> None:
+    """Write the configuration, the tokenizer and the weights of `shape` into `directory`.
+
+    `layers` replaces the shape's number of layers.
+    """
     directory.mkdir(parents=True)
     module, own = SHAPES[shape]
+    if layers is not None:
+        own = own | {"num_hidden_layers": layers}
     config = COMMON | own | {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
     model = module.Model(module.ModelArgs.from_dict(config))
     published = {
@@ -110,9 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-1b")
+    parser.add_argument("--layers", type=int, help="instead of the shape's number")
     parser.add_argument("--seed", type=int, default=7)
     chosen = parser.parse_args()
-    write(chosen.directory, chosen.shape, chosen.seed)
+    write(chosen.directory, chosen.shape, chosen.layers, chosen.seed)
 
 
 if __name__ == "__main__":
