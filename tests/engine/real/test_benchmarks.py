@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+
+from modelpack.testing.weights import smollm2_gguf
+from modelpack_engine.models import ModelFiles
+from modelpack_engine.models.loader import gguf_tokenizer_of
+from tests.engine.real.export import CONFIG, add_tokenizer, save, write_export
 
 ROOT = Path(__file__).parents[3]
 
@@ -47,3 +53,18 @@ def test_a_head_is_trained_further_and_measured(tmp_path: Path) -> None:
     )  # fmt: skip
     rows = [line.split(" | ")[2] for line in lines if line.startswith("| chat")]
     assert rows == ["none", "ngram", "eagle3, 3"]
+
+
+@pytest.mark.weights
+def test_log_probabilities_in_bfloat16_are_nearer_to_float32_than_mlx_lms(tmp_path: Path) -> None:
+    weights = mx.load(str(write_export(tmp_path) / "model.safetensors"))
+    assert isinstance(weights, dict)
+    save(tmp_path, {name: array.astype(mx.bfloat16) for name, array in weights.items()}, CONFIG)
+    add_tokenizer(tmp_path, gguf_tokenizer_of(ModelFiles.from_directory(smollm2_gguf())))
+    lines = benchmark("log_probabilities.py", str(tmp_path), "--tokens", "24", "--answer", "3")
+    ours, theirs = map(json.loads, lines[:2])
+    assert (ours["engine"], theirs["engine"]) == ("modelpack", "mlx-lm")
+    for part, positions in (("prompts", 3 * 23), ("answers", 3 * 3)):
+        assert ours[part]["positions"] == theirs[part]["positions"] == positions
+        assert ours[part]["mean_error"] < theirs[part]["mean_error"]
+        assert theirs[part]["mean_error"] > 0.001  # mlx-lm does compute in bfloat16
