@@ -143,7 +143,7 @@ def mlx_lm(job: Job, dtype: str = "bfloat16") -> tuple[str, list[Scored]]:
             rows = tokens[-1:]
         return {"tokens": tokens, "logprobs": logprobs, "likely": likely}
 
-    about = f"mlx-lm {__version__}, mlx {mx.__version__}, {mx.device_info()['device_name']}"
+    about = f"mlx-lm {__version__}, mlx {mx.__version__}, {mx.device_info()['device_name']}"  # type: ignore[attr-defined]
     return about, [scored(prompt) for prompt in job["prompts"]]
 
 
