@@ -65,9 +65,32 @@ INLINE f32s load_half(const void* from) {
 #endif
 }
 
-INLINE f32s load_bfloat16(const void* from) {
-    return (f32s)(__builtin_convertvector(load<u16s>(from), u32s) << 16);
+// GCC converts vectors of other widths in halves, which takes twice as many instructions.
+INLINE u32s widened(const void* from) {
+#if defined(__AVX512F__)
+    return (u32s)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+    return (u32s)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+    return __builtin_convertvector(load<u16s>(from), u32s);
+#endif
 }
+INLINE void store_u16(void* to, u32s v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)v));
+#else
+    store(to, __builtin_convertvector(v, u16s));
+#endif
+}
+INLINE void store_i8(void* to, i32s v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    store(to, __builtin_convertvector(v, i8s));
+#endif
+}
+
+INLINE f32s load_bfloat16(const void* from) { return (f32s)(widened(from) << 16); }
 
 // acc + the four products of unsigned bytes of w and signed bytes of x in each lane.
 INLINE i32s dot(i32s acc, u8s w, int32_t x) {
@@ -431,8 +454,8 @@ void to_codes(const float* x, int columns, int8_t* codes, float* scales, float* 
                 const i32s coarse = rounded(scaled);
                 i32s fine = rounded((scaled - to_float(coarse)) * 256.0f);
                 fine = fine > 127 ? i32s{} + 127 : fine;
-                store(codes + 2 * kGroup * g + kLanes * i, __builtin_convertvector(coarse, i8s));
-                store(codes + 2 * kGroup * g + kGroup + kLanes * i, __builtin_convertvector(fine, i8s));
+                store_i8(codes + 2 * kGroup * g + kLanes * i, coarse);
+                store_i8(codes + 2 * kGroup * g + kGroup + kLanes * i, fine);
                 total += (coarse << 8) + fine;
             }
             int sum = 0;
@@ -448,7 +471,7 @@ void to_bfloat16(const float* x, int columns, uint16_t* out) {
         const u32s rounded = (v + 0x7fff + (v >> 16 & 1)) >> 16;
         const u32s nan = (v >> 16) | 0x40;
         const u32s found = (v & 0x7fffffff) > 0x7f800000u ? nan : rounded;
-        store(out + i, __builtin_convertvector(found, u16s));
+        store_u16(out + i, found);
     }
 }
 
@@ -535,6 +558,18 @@ void gated(const float* gate, const float* up, int count, int activation, float*
         if (activation == 0) v = g / (1.0f + exponential(-g));
         else v = 0.5f * g * (1.0f + hyperbolic_tangent(0.79788456f * (g + 0.044715f * g * g * g)));
         store(out + i, v * load<f32s>(up + i));
+    }
+}
+
+// Write rows of products, times `scale`, to a part of rows that are `pitch` apart; or add them.
+void finish(const float* products, int stride, int count, int rows, float scale, bool adds, float* to, size_t pitch) {
+    for (int row = 0; row < rows; row++, products += stride, to += pitch) {
+        int i = 0;
+        for (; i + kLanes <= count; i += kLanes) {
+            const f32s v = scale * load<f32s>(products + i);
+            store(to + i, adds ? load<f32s>(to + i) + v : v);
+        }
+        for (; i < count; i++) to[i] = adds ? to[i] + scale * products[i] : scale * products[i];
     }
 }
 
@@ -682,7 +717,7 @@ const Kernels* NAME(MODELPACK_ISA)() {
 #else
         2,
 #endif
-        multiply, to_codes, to_bfloat16, row_of, norm, gated, attend,
+        multiply, to_codes, to_bfloat16, row_of, norm, gated, finish, attend,
     };
     return &kernels;
 }

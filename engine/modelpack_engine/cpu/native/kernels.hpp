@@ -96,6 +96,8 @@ struct Kernels {
     void (*row_of)(const Matrix&, int row, float* out);
     void (*norm)(const float* x, const float* weight, int columns, float eps, float* out);
     void (*gated)(const float* gate, const float* up, int count, int activation, float* out);
+    void (*finish)(const float* products, int stride, int count, int rows, float scale, bool adds, float* to,
+                   size_t pitch);
     void (*attend)(const Attention&);
 };
 

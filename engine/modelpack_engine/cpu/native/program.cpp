@@ -322,14 +322,9 @@ class Run {
                 kernels->gated(products, up, rows * stride, o.activation, products);
             }
             for (int i = 0; i < which; i++) column += o.matrix[i]->rows;
-            for (int row = 0; row < rows; row++) {
-                float* to = o.output == kLogits ? step_.logits + (size_t)row * m.rows : at(o.output, row);
-                const float* product = products + (size_t)row * stride;
-                if (o.ending == (int)Ending::ADD)
-                    for (int i = 0; i < count; i++) to[column + i] += o.scale * product[i];
-                else
-                    for (int i = 0; i < count; i++) to[column + i] = o.scale * product[i];
-            }
+            const bool logits = o.output == kLogits;
+            kernels->finish(products, stride, count, rows, o.scale, o.ending == (int)Ending::ADD,
+                            (logits ? step_.logits : at(o.output, 0)) + column, logits ? m.rows : p_.widths[o.output]);
         });
     }
 
