@@ -116,6 +116,19 @@ INLINE i32s dot(i32s acc, u8s w, int32_t x) {
 
 INLINE int32_t four(const int8_t* from) { return load<int32_t>(from); }
 
+// Tiles that follow those of a product, to be brought to the second cache meanwhile; `data` may be
+// null. A processor's own prefetching ends with a tile.
+struct Next {
+    const uint8_t* data;
+    size_t tile_bytes;
+    // `bytes` bytes of each of so many tiles, from `at` on.
+    template <int TILES> INLINE void bring(size_t at, int bytes) const {
+        if (data)
+            for (int n = 0; n < TILES; n++)
+                for (int b = 0; b < bytes; b += 64) __builtin_prefetch(data + n * tile_bytes + at + b, 0, 2);
+    }
+};
+
 // ---- Weights in codes ---------------------------------------------------------------------------
 
 struct Int4 {
@@ -170,7 +183,7 @@ INLINE f32s add_products(f32s sum, i32s products, int half, float d, const float
 // Codes are those in `unpacked`, 512 bytes a group, if `is_unpacked`.
 template <class W, int MR, int NT>
 INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* const (&unpacked)[NT],
-                           int part, bool is_unpacked, const Rows& x, int row, float* out, int stride) {
+                           int part, bool is_unpacked, Next next, const Rows& x, int row, float* out, int stride) {
     const int groups = x.columns / kGroup;
     f32s sum[MR][NT];
     for (int m = 0; m < MR; m++)
@@ -182,6 +195,8 @@ INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* con
     for (int g = 0; g < groups; g++) {
         u8s c[NT][8];
         f32s scale[NT], other[NT];
+        // One row of bytes is read as fast without, as is one of bfloat16.
+        if (MR > 1 || W::bytes < Int8::bytes) next.bring<NT / kParts>((size_t)g * W::bytes, W::bytes);
         for (int n = 0; n < NT; n++) {
             const uint8_t* group = tiles[n] + (size_t)g * W::bytes;
             if (!is_unpacked) W::codes(group, c[n]);
@@ -229,7 +244,7 @@ struct BF16 {
 };
 
 template <class W, int MR, int NT>
-INLINE void multiply_dense(const uint8_t* const (&tiles)[NT],
+INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], Next next,
                            const Rows& x, int row, float* out, int stride) {
     f32s sum[MR][NT];
     for (int m = 0; m < MR; m++)
@@ -241,6 +256,7 @@ INLINE void multiply_dense(const uint8_t* const (&tiles)[NT],
         for (int k = 0; k < steps; k++) {
             u32s w[NT];
             for (int n = 0; n < NT; n++) w[n] = load<u32s>(tiles[n] + (size_t)k * 64);
+            if (MR > 1) next.bring<NT / kParts>((size_t)k * 64, 64);
             for (int m = 0; m < MR; m++) {
                 const __m512i b = _mm512_set1_epi32(load<int32_t>(in + (size_t)m * x.columns + 2 * k));
                 for (int n = 0; n < NT; n++)
@@ -275,17 +291,17 @@ template <class W> constexpr bool is_codes() { return W::bytes > 64; }
 
 template <class W, int MR, int NT>
 INLINE void multiply_block(const uint8_t* const (&tiles)[NT], const uint8_t* const (&unpacked)[NT],
-                           int part, bool is_unpacked, const Rows& x, int row, float* out, int stride) {
+                           int part, bool is_unpacked, Next next, const Rows& x, int row, float* out, int stride) {
     if constexpr (is_codes<W>())
-        multiply_codes<W, MR, NT>(tiles, unpacked, part, is_unpacked, x, row, out, stride);
+        multiply_codes<W, MR, NT>(tiles, unpacked, part, is_unpacked, next, x, row, out, stride);
     else
-        multiply_dense<W, MR, NT>(tiles, x, row, out, stride);
+        multiply_dense<W, MR, NT>(tiles, next, x, row, out, stride);
 }
 
 // All rows by NT vectors of tiles from `first` on, in blocks of up to MR rows.
 template <class W, int MR, int NT>
 void multiply_rows(const Matrix& matrix, int first, const Rows& x, int row, int rows, float* out,
-                   int stride, uint8_t* scratch) {
+                   int stride, uint8_t* scratch, const uint8_t* next) {
     const uint8_t *tiles[NT], *unpacked[NT];
     const bool bytes = std::is_same_v<W, Int8> || std::is_same_v<W, UInt8>;
     const bool unpack = is_codes<W>() && !bytes && rows > 2 * MR;
@@ -305,15 +321,15 @@ void multiply_rows(const Matrix& matrix, int first, const Rows& x, int row, int 
     const int part = first % kParts;
     int done = 0;
     for (; done + MR <= rows; done += MR) {
-        if (unpack)
-            multiply_block<W, MR, NT>(tiles, unpacked, part, true, x, row + done, out + (size_t)done * stride, stride);
-        else
-            multiply_block<W, MR, NT>(tiles, unpacked, part, false, x, row + done, out + (size_t)done * stride, stride);
+        const Next after{done ? nullptr : next, matrix.tile_bytes};
+        float* to = out + (size_t)done * stride;
+        if (unpack) multiply_block<W, MR, NT>(tiles, unpacked, part, true, after, x, row + done, to, stride);
+        else multiply_block<W, MR, NT>(tiles, unpacked, part, false, after, x, row + done, to, stride);
     }
     if constexpr (MR > 1)
         if (done < rows)
             multiply_rows<W, MR / 2, NT>(matrix, first, x, row + done, rows - done,
-                                         out + (size_t)done * stride, stride, scratch);
+                                         out + (size_t)done * stride, stride, scratch, done ? nullptr : next);
 }
 
 #if defined(__AMX_BF16__)
@@ -374,7 +390,7 @@ void multiply_by_tiles(const Matrix& matrix, int tile, int tiles, const Rows& x,
 
 template <class W>
 void multiply_kind(const Matrix& matrix, int tile, int tiles, const Rows& x, int row, int rows,
-                   float* out, uint8_t* scratch) {
+                   float* out, uint8_t* scratch, const uint8_t* next) {
     const int stride = tiles * kTile, first = tile * kParts, vectors = tiles * kParts;
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<W, BF16>) return multiply_by_tiles(matrix, tile, tiles, x, row, rows, out);
@@ -382,25 +398,28 @@ void multiply_kind(const Matrix& matrix, int tile, int tiles, const Rows& x, int
     int n = 0;
     if (rows == 1 && vectors % kVectorsOfOneRow == 0)
         for (; n < vectors; n += kVectorsOfOneRow)
-            multiply_rows<W, 1, kVectorsOfOneRow>(matrix, first + n, x, row, 1, out + n * kLanes, stride, scratch);
-    for (; n + kVectors <= vectors; n += kVectors)
+            multiply_rows<W, 1, kVectorsOfOneRow>(matrix, first + n, x, row, 1, out + n * kLanes, stride, scratch, next);
+    for (; n + kVectors <= vectors; n += kVectors) {
+        const bool more = n + 2 * kVectors <= vectors;
+        const uint8_t* after = more ? matrix.data + (first + n + kVectors) * matrix.tile_bytes / kParts : next;
         multiply_rows<W, (is_codes<W>() ? kCodeRows : kRows), kVectors>(
-            matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch);
+            matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch, after);
+    }
     if constexpr (kParts % kVectors != 0)
         if (n < vectors)
-            multiply_rows<W, kRows, 1>(matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch);
+            multiply_rows<W, kRows, 1>(matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch, nullptr);
 }
 
 void multiply(const Matrix& matrix, int tile, int tiles, const Rows& x, int row, int rows,
-              float* out, uint8_t* scratch) {
+              float* out, uint8_t* scratch, const uint8_t* next) {
     switch (matrix.kind) {
-        case Kind::F32: return multiply_kind<F32>(matrix, tile, tiles, x, row, rows, out, scratch);
-        case Kind::F16: return multiply_kind<F16>(matrix, tile, tiles, x, row, rows, out, scratch);
-        case Kind::BF16: return multiply_kind<BF16>(matrix, tile, tiles, x, row, rows, out, scratch);
-        case Kind::INT4: return multiply_kind<Int4>(matrix, tile, tiles, x, row, rows, out, scratch);
-        case Kind::INT6: return multiply_kind<Int6>(matrix, tile, tiles, x, row, rows, out, scratch);
-        case Kind::INT8: return multiply_kind<Int8>(matrix, tile, tiles, x, row, rows, out, scratch);
-        case Kind::UINT8: return multiply_kind<UInt8>(matrix, tile, tiles, x, row, rows, out, scratch);
+        case Kind::F32: return multiply_kind<F32>(matrix, tile, tiles, x, row, rows, out, scratch, next);
+        case Kind::F16: return multiply_kind<F16>(matrix, tile, tiles, x, row, rows, out, scratch, next);
+        case Kind::BF16: return multiply_kind<BF16>(matrix, tile, tiles, x, row, rows, out, scratch, next);
+        case Kind::INT4: return multiply_kind<Int4>(matrix, tile, tiles, x, row, rows, out, scratch, next);
+        case Kind::INT6: return multiply_kind<Int6>(matrix, tile, tiles, x, row, rows, out, scratch, next);
+        case Kind::INT8: return multiply_kind<Int8>(matrix, tile, tiles, x, row, rows, out, scratch, next);
+        case Kind::UINT8: return multiply_kind<UInt8>(matrix, tile, tiles, x, row, rows, out, scratch, next);
     }
 }
 

@@ -88,9 +88,10 @@ struct Kernels {
     bool bfloat16;  // whether BF16 matrices read `Rows::halves`
     int tiles;      // that `multiply` takes at best with several rows
     // output [rows][tiles * 16] = rows x tiles [tile, tile + tiles) of the matrix; `scratch` has
-    // room for 2 tiles of bytes. At most 4 tiles.
+    // room for 2 tiles of bytes. At most 4 tiles. `next`, or null, is where as many tiles are that the
+    // thread will probably multiply with after these: they are brought to the cache meanwhile.
     void (*multiply)(const Matrix&, int tile, int tiles, const Rows&, int row, int rows,
-                     float* output, uint8_t* scratch);
+                     float* output, uint8_t* scratch, const uint8_t* next);
     void (*to_codes)(const float* x, int columns, int8_t* codes, float* scales, float* sums);
     void (*to_bfloat16)(const float* x, int columns, uint16_t* out);
     void (*row_of)(const Matrix&, int row, float* out);

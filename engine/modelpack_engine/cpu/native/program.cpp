@@ -313,11 +313,14 @@ class Run {
             int column = tile * kTile;
             const int stride = tiles * kTile, count = std::min(stride, m.rows - column);
             float* products = own_.products.get();
-            kernels->multiply(m, tile, tiles, x, 0, rows, products, own_.unpacked.get());
+            const int later = tile + size * number_of_threads;
+            const uint8_t* next = later + tiles > m.tiles ? nullptr : m.data + later * m.tile_bytes;
+            const uint8_t* ups = gated ? o.matrix[1]->data + tile * o.matrix[1]->tile_bytes : next;
+            kernels->multiply(m, tile, tiles, x, 0, rows, products, own_.unpacked.get(), ups);
             bias(o.bias[which], column, count, stride, rows, products);
             if (gated) {
                 float* up = own_.up.get();
-                kernels->multiply(*o.matrix[1], tile, tiles, x, 0, rows, up, own_.unpacked.get());
+                kernels->multiply(*o.matrix[1], tile, tiles, x, 0, rows, up, own_.unpacked.get(), next);
                 bias(o.bias[1], column, count, stride, rows, up);
                 kernels->gated(products, up, rows * stride, o.activation, products);
             }
