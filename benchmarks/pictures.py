@@ -12,6 +12,9 @@ at once by its batched generator, without the processing.
 With `--beside` instead, half as many requests of text generate tokens, alone, beside one request
 with 20 pictures, and beside requests with a picture each, one a second. All pictures are new.
 
+With `--http` instead, requests come over HTTP, one at a time: a first and a second question about
+each of several pictures, as JPEG, and as many tokens of text. Engine and server are one process.
+
 With `--together` instead, `count` requests at once each have a small picture; in turns, pictures
 that wait are encoded together and one by one. All pictures are new.
 """
@@ -19,12 +22,15 @@ that wait are encoded together and one by one. All pictures are new.
 from __future__ import annotations
 
 import argparse
+import base64
 import gc
 import importlib
+import io
 import json
 import statistics
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -33,14 +39,21 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from PIL import Image
 
+from modelpack_engine.async_engine import AsyncEngine
 from modelpack_engine.config import EngineConfig
+from modelpack_engine.core.metrics import Meter
 from modelpack_engine.engine import Engine
 from modelpack_engine.models import load
 from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.processor import Picture
+from modelpack_server.api.app import ModelServer
 from modelpack_server.bench.report import percentile
+from modelpack_server.pool.catalogue import LoadedEngine
+from modelpack_server.pool.pool import ModelPool
+from tests.engine.serving.tiny import TinyCatalogue
 from tests.engine.vision import tiny
 
 KIND = "qwen2_5_vl"
@@ -189,6 +202,55 @@ def measure_together(path: Path, count: int) -> None:
                 show("small pictures", about | run(engine, asked))
 
 
+def measure_http(path: Path, size: tuple[int, int]) -> None:
+    """Measure first tokens over HTTP of two questions about each picture, and of text."""
+    catalogue = Served(lambda: make_engine(path, 8), AsyncEngine)
+    pool = lambda: ModelPool(catalogue, memory=10_000, grace=0.0)  # noqa: E731
+    with ModelServer(pool, address="127.0.0.1:0") as server:
+        for number in range(ALONE):
+            buffer = io.BytesIO()
+            Image.fromarray(tiny.picture(number, *size).pixels).save(buffer, "JPEG", quality=90)
+            data = base64.b64encode(buffer.getvalue()).decode()
+            shown = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+            about = {"picture": number, "bytes": len(buffer.getvalue())}
+            for measured, question in QUESTIONS.items():
+                text = {"type": "text", "text": question}
+                show(f"http, {measured}", about | first_text(server.url, [shown, text]))
+            text = {"type": "text", "text": f"{number} is a number. " * 68}
+            show("http, text", about | first_text(server.url, [text]))
+
+
+def first_text(url: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the time to the first text of a streamed answer, and the tokens of the prompt."""
+    body = {
+        "model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8,
+        "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    headers = {"content-type": "application/json"}
+    raw = json.dumps(body).encode()
+    began, first, usage = time.perf_counter(), 0.0, {}
+    asked = urllib.request.Request(f"{url}/v1/chat/completions", raw, headers)
+    with urllib.request.urlopen(asked) as lines:
+        for line in lines:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            usage = event.get("usage") or usage
+            if not first and any(choice["delta"].get("content") for choice in event["choices"]):
+                first = time.perf_counter() - began
+    return {"first_text_ms": round(1e3 * first, 2), "prompt_tokens": usage["prompt_tokens"]}
+
+
+class Served(TinyCatalogue):
+    """A catalogue with one model, whose engine may take minutes to load."""
+
+    def load(self, *_: Any) -> LoadedEngine:
+        engine = self.client(self.make_engine, Meter())
+        engine.wait_until_ready(600)
+        return LoadedEngine(engine)
+
+
 def run_beside(
     engine: Engine, texts: Sequence[EngineRequest], others: list[EngineRequest], every_s: float
 ) -> dict[str, Any]:
@@ -243,8 +305,6 @@ def _run_peer(
     model: Any, processor: Any, pictures: Sequence[Picture], length: int
 ) -> dict[str, Any]:
     """Run mlx-vlm's `batch_generate`; the times are those after the pictures are processed."""
-    from PIL import Image
-
     batched: Any = importlib.import_module("mlx_vlm.generate.ar")
     utils: Any = importlib.import_module("mlx_vlm.utils")
     tokenizers: Any = importlib.import_module("mlx_vlm.tokenizer_utils")
@@ -293,6 +353,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--no-peer", action="store_true", help="without mlx-vlm")
     parser.add_argument("--beside", action="store_true", help="texts beside pictures, no more")
+    parser.add_argument("--http", action="store_true", help="questions over HTTP, no more")
     parser.add_argument("--together", action="store_true", help="small pictures, no more")
     parser.add_argument("--layers", type=int, default=28, help="of the language model")
     options = parser.parse_args()
@@ -312,6 +373,9 @@ def main() -> None:
         write_model(path, config, settings)
         gc.collect()
         mx.clear_cache()
+        if options.http:
+            measure_http(path, size)
+            return
         if options.together:
             measure_together(path, options.count)
             return
