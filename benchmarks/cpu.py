@@ -25,7 +25,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import modelpack_engine  # noqa: F401  before MLX, which cpu_models imports
+import modelpack_engine.models  # noqa: F401  before MLX, which cpu_models imports
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 

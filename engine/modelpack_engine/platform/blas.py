@@ -91,8 +91,8 @@ def _choose() -> Blas:
     if "mlx.core" in sys.modules:
         return Blas(
             BlasKind.BUNDLED,
-            note="mlx.core was imported before modelpack_engine and uses its slow BLAS: "
-            "import modelpack_engine first",
+            note="mlx.core was imported before the engine's modules and uses its slow BLAS: "
+            "run `from modelpack_engine import Engine` first",
         )
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     problem = "install the extra 'engine' (scipy-openblas32) and a C compiler"
