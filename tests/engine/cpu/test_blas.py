@@ -164,4 +164,4 @@ def test_another_processor_gets_a_shim_of_its_own(tmp_path: Path) -> None:
 
 def test_too_late(tmp_path: Path) -> None:
     said = run("import mlx.core\n" + CHOSEN, XDG_CACHE_HOME=str(tmp_path))
-    assert "imported before modelpack_engine" in said
+    assert "imported before the engine" in said
