@@ -59,11 +59,17 @@ def test_odd_modules_lead_nowhere(modules: object, tmp_path: Path) -> None:
     assert all("/" not in name for name in files.names)
 
 
-def test_weights_elsewhere_stay_weights(tmp_path: Path) -> None:
+def test_weights_elsewhere_are_those_of_other_models(tmp_path: Path) -> None:
+    """As in a directory: modules.json does not name the folder."""
     root = tmp_path / "model"
     root.mkdir()
     lay_out(root, modules=MODULES[:2])
-    assert len(in_store(root, tmp_path).weights) == 2
+    files = in_store(root, tmp_path)
+    assert [path.read_bytes() for path in files.weights] == [
+        (root / "model.safetensors").read_bytes()
+    ]
+    assert "2_Dense/model.safetensors" not in files.names
+    assert files.notes == ("weights in folders are left out: 2_Dense/model.safetensors",)
 
 
 def test_pairs_are_typed_and_cut(minilm: Path) -> None:
