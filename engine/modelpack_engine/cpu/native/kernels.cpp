@@ -244,7 +244,7 @@ struct BF16 {
 };
 
 template <class W, int MR, int NT>
-INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], Next next,
+INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], [[maybe_unused]] Next next,
                            const Rows& x, int row, float* out, int stride) {
     f32s sum[MR][NT];
     for (int m = 0; m < MR; m++)
