@@ -396,15 +396,17 @@ void multiply_kind(const Matrix& matrix, int tile, int tiles, const Rows& x, int
     if constexpr (std::is_same_v<W, BF16>) return multiply_by_tiles(matrix, tile, tiles, x, row, rows, out);
 #endif
     int n = 0;
+    // What is read after `count` vectors from `n` on: as many of these tiles, or what follows them.
+    auto after = [&](int count) {
+        return n + 2 * count <= vectors ? matrix.data + (first + n + count) * matrix.tile_bytes / kParts : next;
+    };
     if (rows == 1 && vectors % kVectorsOfOneRow == 0)
         for (; n < vectors; n += kVectorsOfOneRow)
-            multiply_rows<W, 1, kVectorsOfOneRow>(matrix, first + n, x, row, 1, out + n * kLanes, stride, scratch, next);
-    for (; n + kVectors <= vectors; n += kVectors) {
-        const bool more = n + 2 * kVectors <= vectors;
-        const uint8_t* after = more ? matrix.data + (first + n + kVectors) * matrix.tile_bytes / kParts : next;
+            multiply_rows<W, 1, kVectorsOfOneRow>(matrix, first + n, x, row, 1, out + n * kLanes, stride, scratch,
+                                                  after(kVectorsOfOneRow));
+    for (; n + kVectors <= vectors; n += kVectors)
         multiply_rows<W, (is_codes<W>() ? kCodeRows : kRows), kVectors>(
-            matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch, after);
-    }
+            matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch, after(kVectors));
     if constexpr (kParts % kVectors != 0)
         if (n < vectors)
             multiply_rows<W, kRows, 1>(matrix, first + n, x, row, rows, out + n * kLanes, stride, scratch, nullptr);
