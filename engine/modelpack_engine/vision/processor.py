@@ -372,10 +372,7 @@ class HearingProcessor(TowerProcessor):
     image_token, image_token_id = "", -1
 
     def _picture(self, picture: Picture, place: Place) -> tuple[list[int], list[Media]]:
-        raise RequestError(
-            f"{picture.param}: this model reads no pictures: {self.why_no_pictures}",
-            param=picture.param,
-        )
+        raise NotImplementedError("no placeholder stands for a picture")
 
 
 class PictureProcessor(TowerProcessor):

@@ -59,11 +59,11 @@ class SoundClass:
 
     placeholder: str
     soft: str
-    begins: str
-    ends: str
     extractor: str
     count: Callable[[NDArray[np.bool_]], int]
     token_id: int
+    begins: str = ""
+    ends: str = ""
     around: str = ""
     seconds: float = 30.0
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -130,8 +130,6 @@ SOUND_CLASSES: Mapping[str, SoundClass] = {
     "phi4mm": SoundClass(
         placeholder="<|endoftext11|>",
         soft="<|endoftext11|>",
-        begins="",
-        ends="",
         extractor="Phi4MMAudioFeatureExtractor",
         count=_each_eighth,
         token_id=PHI4_AUDIO,
@@ -140,8 +138,6 @@ SOUND_CLASSES: Mapping[str, SoundClass] = {
     "qwen3_omni_moe": SoundClass(
         placeholder="<|audio_pad|>",
         soft="<|audio_pad|>",
-        begins="",
-        ends="",
         extractor="whisper.feature_extraction_whisper:WhisperFeatureExtractor",
         count=_thirteen_a_second,
         token_id=QWEN3_OMNI_AUDIO,
