@@ -42,8 +42,9 @@ class KnownAdapter:
 class AdapterSet:
     """The adapters of one model, of which at most `max_loaded` are in memory.
 
-    `config` is the model's. `own` is its own adapter for prompts with files, which is always in
-    memory, and is none of the others; `for_files` is what sequences of such prompts have.
+    `config` is the model's. `own` are the matrices of an adapter that the model has for prompts
+    with files. It stays in memory beside the others; the engine gives `for_files` to sequences with
+    such prompts.
     """
 
     def __init__(
