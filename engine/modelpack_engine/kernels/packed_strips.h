@@ -1,6 +1,7 @@
-  // Matmuls of up to 8 rows with packed weights [N, K] of 4 bits, affine quantised, on tensor cores; CUDA only.
-  // Weights are multiplied as codes; sums of a group are scaled.
-  //   x [M, K] T (M at most ROWS)   weight [N, K / 8] uint, low bits first   scales, biases [N, K / GROUP] T
+  // Matmuls of up to 8 rows with packed weights [N, K] of 4 or 8 BITS, affine quantised, on tensor cores; CUDA
+  // only. Weights are multiplied as codes; sums of a group are scaled.
+  //   x [M, K] T (M at most ROWS)   weight [N, K * BITS / 32] uint, low bits first
+  //   scales, biases [N, K / GROUP] T
   //   bias [N] T (BIAS)   out [parts, M, N] O: several parts must be added; each is of D inputs
   //   SWIGLU: the first half of weights are gates, and out [M, N / 2] is silu(gate) * other half
   //   NORMED: one row x, the RMS norm of total = x + the sum of more [PARTS, K] B, times norm [K] V (see
@@ -11,15 +12,17 @@
   // has up to WARPS units of 256 inputs of a strip, each of which one of the other warps multiplies.
   constexpr int UNIT = 256, COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
   constexpr int GROUPS = UNIT / GROUP;                      // groups of a unit
-  constexpr int PIECE = GROUP / 8, WORDS = PIECE / 4;       // bytes and words that a lane reads of a group
+  constexpr int BYTES = UNIT * BITS / 8, PART = GROUP * BITS / 8;       // of a unit and of a group
+  constexpr int PIECE = PART / 4, WORDS = PIECE / 4;        // bytes and words that a lane reads of a group
+  constexpr int EIGHTS = GROUP / 8, RUN = EIGHTS / 4;       // eights of inputs of a group, and of a lane
   constexpr int UNITS = D / UNIT, SPLIT = (UNITS + WARPS - 1) / WARPS;  // units and stages of a strip
   // Lines of a stage are as far apart as lets eight of them be read at the same time.
-  constexpr int PITCH = WARPS * (UNIT / 2) + GROUP / 2, SCALES = WARPS * GROUPS * 2;
+  constexpr int PITCH = WARPS * BYTES + (PART < 128 ? PART : 16), SCALES = WARPS * GROUPS * 2;
   constexpr int SCALE_PITCH = SCALES / 16 % 2 ? SCALES : SCALES + 16;
   constexpr int STAGE = 16 * PITCH + 32 * SCALE_PITCH;
   constexpr bool KEPT = SPLIT == 1;                         // a warp multiplies the same inputs always
   constexpr int COLUMNS = ROWS == 1 ? 1 : 2;                // the rows that a lane has sums of
-  typedef PaCodes<T, 4> Codes;
+  typedef PaCodes<T, BITS> Codes;
   typedef PaVec<T, 8> Eight;
   extern __shared__ __align__(1024) unsigned char pa_memory[];
   unsigned char* given = pa_memory + STAGES * STAGE;        // the rows, in the order in which lanes read them
@@ -28,7 +31,7 @@
   float* partial = sums + 2 * WARPS * ROWS * 16;
   PaBarrier* full = (PaBarrier*)(partial + 16);
   PaBarrier* empty = full + STAGES;
-  const int N = weight_shape[0], K = weight_shape[1] * 8, M = ROWS == 1 ? 1 : x_shape[0];
+  const int N = weight_shape[0], K = weight_shape[1] * (32 / BITS), M = ROWS == 1 ? 1 : x_shape[0];
   const int width = SWIGLU ? N / 2 : N, strips = (width + (SWIGLU ? 7 : 15)) / (SWIGLU ? 8 : 16);
   const int lane = PA_LANE, warp = PA_SIMD, index = warp * 32 + lane, r = lane / 4, c = lane % 4;
   const int items = (strips - PA_X + STRIDE - 1) / STRIDE * SPLIT;
@@ -49,12 +52,12 @@
       const int units = UNITS - first < WARPS ? UNITS - first : WARPS, k = PA_Z * D + first * UNIT;
       unsigned char* stage = pa_memory + s * STAGE;
       if (item >= STAGES) pa_barrier_wait(empty + s, (item / STAGES - 1) & 1);
-      if (lane == 0) pa_barrier_expect(full + s, LINES * units * (UNIT / 2 + 4 * GROUPS));
+      if (lane == 0) pa_barrier_expect(full + s, LINES * units * (BYTES + 4 * GROUPS));
       pa_sync_warp();
       const int at = SWIGLU ? strip * 8 + i % 8 : strip * 16 + i;
       const size_t row = at >= width ? 0 : SWIGLU && i >= 8 ? at + width : at;  // any if there is none
       if (lane < LINES) {
-        pa_bulk_copy(stage + i * PITCH, (const unsigned char*)weight + (row * K + k) / 2, units * (UNIT / 2), full + s);
+        pa_bulk_copy(stage + i * PITCH, (const unsigned char*)weight + (row * K + k) * BITS / 8, units * BYTES, full + s);
       } else if (lane < 3 * LINES) {
         const bool offsets = lane >= 2 * LINES;
         pa_bulk_copy(stage + 16 * PITCH + (offsets * 16 + i) * SCALE_PITCH,
@@ -65,21 +68,21 @@
   }
 
   PA_WAIT_FOR_BEFORE();  // only weights are read before, and nothing is written
-  // Eight values of a row, in pairs (0 4) (1 5) (2 6) (3 7), as codes lie in a word.
-  auto place = [&](int group, int word, int row, int by) {
-    return (uint4*)given + ((group * WORDS + word) * ROWS + row) * 4 + by;
+  // Eight values of a row, in the pairs in which codes are: of 4 bits (0 4) (1 5) (2 6) (3 7), as they lie in a word.
+  auto place = [&](int group, int eight, int row, int by) {
+    return (uint4*)given + ((group * RUN + eight) * ROWS + row) * 4 + by;
   };
   auto keep = [&](int row, int at, Eight values, bool there) {
     float sum = 0.0f;
     if (there) {
       PA_UNROLL for (int e = 0; e < 8; e++) sum += float(values.e[e]);
       const uint4 v = *(const uint4*)&values;
-      *place(at / PIECE, at % WORDS, row, at % PIECE / WORDS) =
+      *place(at / EIGHTS, at % RUN, row, at % EIGHTS / RUN) = BITS == 8 ? v :
           uint4{__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
                 __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632)};
     }
     PA_UNROLL for (int mask = GROUP / 16; mask > 0; mask /= 2) sum += PA_XOR(sum, mask);
-    if (there && at % PIECE == 0) whole[at / PIECE * ROWS + row] = sum;
+    if (there && at % EIGHTS == 0) whole[at / EIGHTS * ROWS + row] = sum;
   };
   if constexpr (NORMED) {
     constexpr int MOST = (D / 8 + THREADS - 1) / THREADS;
@@ -135,14 +138,14 @@
 
   const unsigned mask = pa_unknown(0x000f000fu);
   auto numbers = [&](unsigned word) { return pa_masked(word, mask, Codes::OFFSETS); };
-  auto rows_of = [&](int group, int word) { return *place(group, word, r % ROWS, c); };
+  auto rows_of = [&](int group, int eight) { return *place(group, eight, r % ROWS, c); };
   auto sum_of = [&](int group, int h) { return whole[group * ROWS + (ROWS == 1 ? 0 : (c * 2 + h) % ROWS)]; };
   constexpr bool KEPT_SUMS = KEPT && GROUPS <= 4;  // more would take too many registers
-  uint4 own_rows[KEPT ? GROUPS : 1][WORDS];
+  uint4 own_rows[KEPT ? GROUPS : 1][RUN];
   float own_sums[KEPT_SUMS ? GROUPS : 1][COLUMNS];
   if constexpr (KEPT) {
     PA_UNROLL for (int g = 0; g < GROUPS; g++) {
-      PA_UNROLL for (int w = 0; w < WORDS; w++) own_rows[g][w] = rows_of(warp * GROUPS + g, w);
+      PA_UNROLL for (int e = 0; e < RUN; e++) own_rows[g][e] = rows_of(warp * GROUPS + g, e);
       PA_UNROLL for (int h = 0; h < COLUMNS; h++) {
         if (KEPT_SUMS) own_sums[KEPT_SUMS ? g : 0][h] = sum_of(warp * GROUPS + g, h);
       }
@@ -163,15 +166,21 @@
       PA_UNROLL for (int g = 0; g < GROUPS; g++) {
         PaVec<unsigned, WORDS> codes[2];
         PA_UNROLL for (int high = 0; high < 2; high++) {
-          codes[high] = *(const PaVec<unsigned, WORDS>*)(stage + (high * 8 + r) * PITCH + warp * (UNIT / 2)
-              + g * (GROUP / 2) + c * PIECE);
+          codes[high] = *(const PaVec<unsigned, WORDS>*)(stage + (high * 8 + r) * PITCH + warp * BYTES
+              + g * PART + c * PIECE);
         }
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        PA_UNROLL for (int w = 0; w < WORDS; w++) {
-          const uint4 b = KEPT ? own_rows[KEPT ? g : 0][w] : rows_of(unit * GROUPS + g, w);
-          const unsigned low = codes[0].e[w], high = codes[1].e[w];
-          const unsigned one[4] = {numbers(low), numbers(high), numbers(low >> 4), numbers(high >> 4)};
-          const unsigned two[4] = {numbers(low >> 8), numbers(high >> 8), numbers(low >> 12), numbers(high >> 12)};
+        PA_UNROLL for (int e = 0; e < RUN; e++) {
+          const uint4 b = KEPT ? own_rows[KEPT ? g : 0][e] : rows_of(unit * GROUPS + g, e);
+          unsigned pairs[4][2];
+          PA_UNROLL for (int high = 0; high < 2; high++) {
+            PA_UNROLL for (int p = 0; p < 4; p++) {
+              const unsigned word = codes[high].e[BITS == 8 ? e * 2 + p / 2 : e];
+              pairs[p][high] = BITS == 8 ? Codes::bytes(word >> p % 2 * 16) : numbers(word >> p * 4);
+            }
+          }
+          const unsigned one[4] = {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]};
+          const unsigned two[4] = {pairs[2][0], pairs[2][1], pairs[3][0], pairs[3][1]};
           pa_mma<T>(sum, one, b.x, b.y);
           pa_mma<T>(sum, two, b.z, b.w);
         }

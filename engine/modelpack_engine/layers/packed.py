@@ -190,20 +190,23 @@ def strips_for(x: mx.array, weights: Weights, *, parted: bool = False) -> Strips
     rows = x.size // weights.num_inputs
     if not (
         rows <= _MOST_STRIP_ROWS
-        and weights.bits == 4
         and weights.num_inputs % _UNIT == 0
         and weights.num_inputs % (weights.group_size * 8) == 0  # whole copies of 16 bytes
         and fits(x, weights)
         and has_warpgroups()
     ):
         return None
-    found = plan_strips(rows, weights.num_inputs, weights.group_size, parted=parted)
-    if found is None or strips_verdict(x.dtype, weights.group_size, found.rows) is not None:
+    assert weights.bits is not None
+    bits, size = weights.bits, weights.group_size
+    found = plan_strips(rows, weights.num_inputs, bits, size, parted=parted)
+    if found is None or strips_verdict(x.dtype, bits, size, found.rows) is not None:
         return None
     return found
 
 
-def plan_strips(rows: int, inputs: int, group_size: int, *, parted: bool = False) -> Strips | None:
+def plan_strips(
+    rows: int, inputs: int, bits: int, group_size: int, *, parted: bool = False
+) -> Strips | None:
     """Return how up to 8 rows are multiplied; None if their inputs do not fit."""
     kept, units, parts = 1 << max(0, rows - 1).bit_length(), inputs // _UNIT, 1
     while inputs // parts * kept > _MOST_KEPT:
@@ -212,20 +215,24 @@ def plan_strips(rows: int, inputs: int, group_size: int, *, parted: bool = False
     if (parts > 1 and not parted) or parts > _MOST_PARTS or units % parts:
         return None
     least = max(1, group_size // 32)  # units whose scales have 16 bytes
-    splits = -(-own // _MOST_WARPS)
-    warps = -(-own // (splits * least)) * least
-    if warps > _MOST_WARPS or own % least:
+    if own % least:
         return None
-    beside = 2 if warps * 2 <= _MOST_WARPS else 1
-    scales = warps * _UNIT // group_size * 2
-    stage = 16 * (warps * _UNIT // 2 + group_size // 2) + 32 * (scales + 16 * (scales % 32 == 0))
-    rest = own * _UNIT * kept * 2 + own * _UNIT // group_size * kept * 4
-    rest += 2 * warps * kept * 16 * 4 + 64 + 16 * _MOST_STAGES
-    stages = min(_MOST_STAGES, (_MOST_SHARED // beside - rest) // stage)
-    if stages < 2:
-        return None
-    blocks = max(1, _PROCESSORS * beside // parts)
-    return Strips(kept, parts, warps, stages, blocks, stages * stage + rest)
+    pad = group_size * bits // 8
+    for splits in range(-(-own // _MOST_WARPS), own // least + 1):
+        warps = -(-own // (splits * least)) * least
+        if warps > _MOST_WARPS:
+            continue
+        beside = 2 if warps * 2 <= _MOST_WARPS else 1
+        scales = warps * _UNIT // group_size * 2
+        stage = 16 * (warps * _UNIT * bits // 8 + (pad if pad < 128 else 16))
+        stage += 32 * (scales + 16 * (scales % 32 == 0))
+        rest = own * _UNIT * kept * 2 + own * _UNIT // group_size * kept * 4
+        rest += 2 * warps * kept * 16 * 4 + 64 + 16 * _MOST_STAGES
+        stages = min(_MOST_STAGES, (_MOST_SHARED // beside - rest) // stage)
+        if stages >= 2:
+            blocks = max(1, _PROCESSORS * beside // parts)
+            return Strips(kept, parts, warps, stages, blocks, stages * stage + rest)
+    return None
 
 
 def multiply_strips(
@@ -266,9 +273,10 @@ def _run_strips(
         without=("total",) if normed is None else (),
         template=[
             ("T", x.dtype), ("O", out_dtype), ("B", more), ("V", norm),
-            ("GROUP", weights.group_size), ("BIAS", weights.bias is not None),
-            ("SWIGLU", swiglu), ("ROWS", strips.rows), ("WARPS", strips.warps),
-            ("STAGES", strips.stages), ("STRIDE", stride), ("NORMED", normed is not None),
+            ("BITS", weights.bits), ("GROUP", weights.group_size),
+            ("BIAS", weights.bias is not None), ("SWIGLU", swiglu), ("ROWS", strips.rows),
+            ("WARPS", strips.warps), ("STAGES", strips.stages), ("STRIDE", stride),
+            ("NORMED", normed is not None),
             ("D", weights.num_inputs // parts), ("PARTS", 1 if normed is None else normed.count),
             ("EPSILON", 0 if normed is None else launch.bits_of(normed.epsilon)),
         ],
@@ -421,15 +429,15 @@ def _compare_row(dtype: mx.Dtype, group_size: int) -> str | None:
     return launch.difference(found, 1e-1)
 
 
-def _compare_strips(dtype: mx.Dtype, group_size: int, rows: int) -> str | None:
+def _compare_strips(dtype: mx.Dtype, bits: int, group_size: int, rows: int) -> str | None:
     keys = launch.random_keys(16, 5)
     units = 40 if rows <= 2 else 16  # with 40, the last stage of a strip is a shorter one
     outputs, inputs = 16 * 20 + 8, _UNIT * units
     weights, full, bias = random_weights(
-        dtype, 4, (outputs, inputs), 1 / 128, keys[0], keys[1], group_size
+        dtype, bits, (outputs, inputs), 1 / 128, keys[0], keys[1], group_size
     )
     a, b = (mx.random.normal((rows, inputs), key=key).astype(dtype) for key in keys[2:4])
-    whole = plan_strips(rows, inputs, group_size)
+    whole = plan_strips(rows, inputs, bits, group_size)
     assert whole is not None
     whole = replace(whole, blocks=12)
     halves = replace(whole, parts=2, warps=min(whole.warps, units // 2))

@@ -114,8 +114,10 @@ def test_a_row_is_left_to_others_if_its_kernel_is_wrong(monkeypatch: pytest.Monk
         ((4, 256), {}, False),  # a row's scales have no whole copies of 16 bytes
         ((4, 1024), {"inputs": 1024, "group_size": 128, "dtype": mx.float16}, True),
         ((4, 512), {"inputs": 512, "group_size": 128}, False),
-        ((4, 512), {"inputs": 512, "bits": 8}, False),
+        ((4, 512), {"inputs": 512, "bits": 8}, True),
+        ((8, 4096), {"shape": (8, 4096), "bits": 8}, True),
         ((1, 14336), {"shape": (8, 14336)}, True),
+        ((1, 14336), {"shape": (8, 14336), "bits": 8}, True),
         ((8, 14336), {"shape": (8, 14336)}, False),  # the rows fit in parts only
     ],
 )
@@ -142,10 +144,13 @@ def test_strips_are_for_hopper_and_for_kernels_that_are_right(
     assert packed.strips_for(x, made) is None
 
 
-@given(rows=st.integers(1, 8), pieces=st.integers(1, 64), group_size=st.sampled_from((32, 64, 128)))
-def test_strips_fit_a_multiprocessor(rows: int, pieces: int, group_size: int) -> None:
+@given(
+    rows=st.integers(1, 8), pieces=st.integers(1, 128), bits=st.sampled_from((4, 8)),
+    group_size=st.sampled_from((32, 64, 128)),
+)  # fmt: skip
+def test_strips_fit_a_multiprocessor(rows: int, pieces: int, bits: int, group_size: int) -> None:
     inputs = pieces * max(256, group_size * 8)
-    found = packed.plan_strips(rows, inputs, group_size, parted=True)
+    found = packed.plan_strips(rows, inputs, bits, group_size, parted=True)
     if found is None:
         return
     units, least = inputs // found.parts // 256, max(1, group_size // 32)
@@ -270,12 +275,16 @@ def test_a_row_is_added_normed_and_multiplied_by_one_kernel(
 
 @pytest.mark.long
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("dtype", "group_size"), [(BF16, 64), (BF16, 32), (mx.float16, 128), (mx.float16, 64)]
 )
-def test_strips_agree_with_mlx(host: Host, dtype: mx.Dtype, group_size: int, rows: int) -> None:
-    assert packed.strips_verdict(dtype, group_size, rows) is None
+def test_strips_agree_with_mlx(
+    host: Host, dtype: mx.Dtype, group_size: int, bits: int, rows: int
+) -> None:
+    assert packed.strips_verdict(dtype, bits, group_size, rows) is None
     calls = [call for _, call in host.calls]
+    assert {call["BITS"] for call in calls} == {bits}
     assert max(call["STRIDE"] for call in calls) < 21  # blocks compute several strips
     assert {call["ROWS"] for call in calls} == {rows}
     shorter = [call["D"] // 256 % call["WARPS"] for call in calls]
@@ -284,31 +293,39 @@ def test_strips_agree_with_mlx(host: Host, dtype: mx.Dtype, group_size: int, row
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("rows", "wrong", "problem"),
+    ("bits", "rows", "wrong", "problem"),
     [
-        (8, ("- Codes::OFFSET * scale", ""), "the product of 8 rows is off"),
-        (8, ("r % ROWS, c)", "0, c)"), "the product of 8 rows is off"),
-        (1, ("item / SPLIT * STRIDE;\n    float", "0;\n    float"), "the product of 1 rows is off"),
-        (4, ("PA_Z * D + first * UNIT", "first * UNIT"), "the sum of parts is off"),
-        (1, ("PARTS; part++", "1; part++"), "the product of a norm is off"),
+        (4, 8, ("- Codes::OFFSET * scale", ""), "the product of 8 rows is off"),
+        (4, 8, ("r % ROWS, c)", "0, c)"), "the product of 8 rows is off"),
+        (8, 8, ("e * 2 + p / 2", "e * 2"), "the product of 8 rows is off"),
+        (8, 2, ("p % 2 * 16", "0"), "the product of 2 rows is off"),
+        (
+            4,
+            1,
+            ("item / SPLIT * STRIDE;\n    float", "0;\n    float"),
+            "the product of 1 rows is off",
+        ),
+        (4, 4, ("PA_Z * D + first * UNIT", "first * UNIT"), "the sum of parts is off"),
+        (8, 1, ("PARTS; part++", "1; part++"), "the product of a norm is off"),
     ],
 )
 def test_the_verdict_names_wrong_strips(
-    host: Host, rows: int, wrong: tuple[str, str], problem: str
+    host: Host, bits: int, rows: int, wrong: tuple[str, str], problem: str
 ) -> None:
     def broken(_: str, text: str) -> str:
         return text.replace(*wrong)
 
     host.break_by(broken)
-    assert str(packed.strips_verdict(BF16, 64, rows)).startswith(problem)
+    assert str(packed.strips_verdict(BF16, bits, 64, rows)).startswith(problem)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_layers_multiply_few_rows_by_strips(host: Host, rows: int) -> None:
-    made = weights(inputs=512)
+def test_layers_multiply_few_rows_by_strips(host: Host, rows: int, bits: int) -> None:
+    made = weights(bits, inputs=512)
     x = mx.random.normal((rows, 512), key=mx.random.key(1)).astype(BF16)
-    full = mx.dequantize(made.weight, made.scales, made.biases, 64, 4).astype(mx.float32)
+    full = mx.dequantize(made.weight, made.scales, made.biases, 64, bits).astype(mx.float32)
     assert made.bias is not None
     expected = x.astype(mx.float32) @ full.T + made.bias.astype(mx.float32)
     gate, up = mx.split(expected, 2, axis=1)
