@@ -222,16 +222,16 @@ def plan_strips(
         warps = -(-own // (splits * least)) * least
         if warps > _MOST_WARPS:
             continue
-        beside = 2 if warps * 2 <= _MOST_WARPS else 1
         scales = warps * _UNIT // group_size * 2
         stage = 16 * (warps * _UNIT * bits // 8 + (pad if pad < 128 else 16))
         stage += 32 * (scales + 16 * (scales % 32 == 0))
         rest = own * _UNIT * kept * 2 + own * _UNIT // group_size * kept * 4
         rest += 2 * warps * kept * 16 * 4 + 64 + 16 * _MOST_STAGES
-        stages = min(_MOST_STAGES, (_MOST_SHARED // beside - rest) // stage)
-        if stages >= 2:
-            blocks = max(1, _PROCESSORS * beside // parts)
-            return Strips(kept, parts, warps, stages, blocks, stages * stage + rest)
+        for beside in (2, 1) if warps * 2 <= _MOST_WARPS else (1,):
+            stages = min(_MOST_STAGES, (_MOST_SHARED // beside - rest) // stage)
+            if stages >= 2:
+                blocks = max(1, _PROCESSORS * beside // parts)
+                return Strips(kept, parts, warps, stages, blocks, stages * stage + rest)
     return None
 
 
