@@ -190,9 +190,9 @@ def strips_for(x: mx.array, weights: Weights, *, parted: bool = False) -> Strips
     rows = x.size // weights.num_inputs
     if not (
         rows <= _MOST_STRIP_ROWS
+        and fits(x, weights)
         and weights.num_inputs % _UNIT == 0
         and weights.num_inputs % (weights.group_size * 8) == 0  # whole copies of 16 bytes
-        and fits(x, weights)
         and has_warpgroups()
     ):
         return None

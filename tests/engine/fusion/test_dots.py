@@ -66,7 +66,7 @@ def test_the_verdict_names_a_wrong_kernel(
 
 @pytest.mark.parametrize(
     ("bits", "rows", "bodies"),
-    [(16, 1, ["dots"] * 3), (8, 1, ["dots"] * 3), (4, 1, ["packed_strips"] * 3)],
+    [(16, 1, ["dots"] * 3), (8, 1, ["packed_strips"] * 3), (4, 1, ["packed_strips"] * 3)],
 )
 def test_one_row_is_multiplied(
     host: Host, monkeypatch: pytest.MonkeyPatch, bits: int, rows: int, bodies: list[str]
