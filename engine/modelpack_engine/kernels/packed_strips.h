@@ -11,7 +11,7 @@
   // also while the rows are normed and, if the kernel is launched early, while the one before still runs. A stage
   // has up to WARPS units of 256 inputs of a strip, each of which one of the other warps multiplies.
   constexpr int UNIT = 256, COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
-  constexpr int GROUPS = UNIT / GROUP;                      // groups of a unit
+  constexpr int GROUPS = UNIT / GROUP, AT_A_TIME = GROUPS < 4 ? GROUPS : 4;  // groups of a unit
   constexpr int BYTES = UNIT * BITS / 8, PART = GROUP * BITS / 8;       // of a unit and of a group
   constexpr int PIECE = PART / 4, WORDS = PIECE / 4;        // bytes and words that a lane reads of a group
   constexpr int EIGHTS = GROUP / 8, RUN = EIGHTS / 4;       // eights of inputs of a group, and of a lane
@@ -158,12 +158,13 @@
     const unsigned char* stage = pa_memory + s * STAGE;
     pa_barrier_wait(full + s, item / STAGES & 1);
     if (UNITS % WARPS == 0 || unit < UNITS) {
-      PaVec<T, GROUPS> by[2][2];
-      PA_UNROLL for (int i = 0; i < 4; i++) {
-        by[i / 2][i % 2] = *(const PaVec<T, GROUPS>*)(stage + 16 * PITCH
-            + (i % 2 * 16 + i / 2 * 8 + r) * SCALE_PITCH + warp * GROUPS * 2);
-      }
+      // Scales and offsets of AT_A_TIME groups: all eight of groups of 32 would take too many registers.
+      PaVec<T, AT_A_TIME> by[2][2];
       PA_UNROLL for (int g = 0; g < GROUPS; g++) {
+        PA_UNROLL for (int i = 0; g % AT_A_TIME == 0 && i < 4; i++) {
+          by[i / 2][i % 2] = *(const PaVec<T, AT_A_TIME>*)(stage + 16 * PITCH
+              + (i % 2 * 16 + i / 2 * 8 + r) * SCALE_PITCH + (warp * GROUPS + g) * 2);
+        }
         PaVec<unsigned, WORDS> codes[2];
         PA_UNROLL for (int high = 0; high < 2; high++) {
           codes[high] = *(const PaVec<unsigned, WORDS>*)(stage + (high * 8 + r) * PITCH + warp * BYTES
@@ -185,8 +186,8 @@
           pa_mma<T>(sum, two, b.z, b.w);
         }
         PA_UNROLL for (int high = 0; high < 2; high++) {
-          const float scale = float(by[high][0].e[g]);
-          const float offset = float(by[high][1].e[g]) - Codes::OFFSET * scale;
+          const float scale = float(by[high][0].e[g % AT_A_TIME]);
+          const float offset = float(by[high][1].e[g % AT_A_TIME]) - Codes::OFFSET * scale;
           PA_UNROLL for (int h = 0; h < COLUMNS; h++) {
             const float all = KEPT_SUMS ? own_sums[KEPT_SUMS ? g : 0][h] : sum_of(unit * GROUPS + g, h);
             acc[high][h] += scale * sum[high * 2 + h] + offset * all;

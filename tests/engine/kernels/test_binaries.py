@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from modelpack_engine.layers import (
     packed,
     state_space,
 )
+from modelpack_engine.layers.weights import random_weights
 from modelpack_engine.runner import replay
 from modelpack_engine.sampling import delivery, sampler
 from tests.peers import require
@@ -285,6 +288,19 @@ def test_where_mlx_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 # With NVIDIA's own compiler.
 
 
+def registers_of_a_quarter(code: bytes, threads: int) -> int:
+    """Return the registers that a block takes of a multiprocessor's quarter, which has 16,384.
+
+    Each quarter runs one of four warps, which gets registers for its lanes by eights. `code` has
+    one kernel; records of `.nv.info` have its number of registers, and those of its functions.
+    """
+    record = b"\x04\x2f\x08\x00"  # EIATTR_REGCOUNT: the index of a symbol, then its registers
+    found = [int.from_bytes(each[4:8], "little") for each in code.split(record)[1:]]
+    registers = max(number for number in found if number < 256)  # the rest are instructions
+    warps = -(-threads // 32)
+    return -(-warps // 4) * -(-registers // 8) * 8 * 32
+
+
 class Compiling:
     """Replaces `launch._kernel`: kernels are compiled, and return zeros."""
 
@@ -302,6 +318,7 @@ class Compiling:
             template: Any,
             output_shapes: Sequence[tuple[int, ...]],
             output_dtypes: Sequence[mx.Dtype],
+            threadgroup: tuple[int, int, int],
             **_: Any,
         ) -> list[mx.array]:
             found = GeneratedKernel(source, inputs, template, output_dtypes)
@@ -309,6 +326,9 @@ class Compiling:
                 made = compile_kernel(found, self.architecture, self.compiler)
                 assert found.function in made.symbol
                 assert made.code.startswith(b"\x7fELF")
+                assert registers_of_a_quarter(made.code, math.prod(threadgroup)) <= 1 << 14, (
+                    template
+                )
                 self.done.add(found.path)
             return [mx.zeros(*of) for of in zip(output_shapes, output_dtypes, strict=True)]
 
@@ -415,6 +435,34 @@ def test_nvidia_s_compiler_takes_warpgroups(
     monkeypatch.setattr(launch, "kernel", compiling.kernel)
     packed._compare(dtype, 4, 64, tile)
     assert compiling.done
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_strips_have_enough_registers(
+    monkeypatch: pytest.MonkeyPatch, bits: int, group_size: int, dtype: mx.Dtype
+) -> None:
+    """Otherwise MLX cannot launch them: SwiGLU of one row in groups of 32 could not be."""
+    compiling = Compiling("sm_90a")
+    monkeypatch.setattr(launch, "kernel", compiling.kernel)
+    inputs = packed._UNIT * packed._MOST_WARPS
+    norm = mx.zeros((inputs,), dtype)
+    for rows, biased in itertools.product((1, 2, 4, 8), (False, True)):
+        weights, *_ = random_weights(
+            dtype, bits, (64, inputs), 1.0, *launch.random_keys(1, 2), group_size
+        )
+        weights = weights if biased else replace(weights, bias=None)
+        strips = packed.plan_strips(rows, inputs, bits, group_size)
+        assert strips is not None
+        x = mx.zeros((rows, inputs), dtype)
+        for swiglu in (False, True):
+            packed.multiply_strips(x, weights, strips, swiglu=swiglu)
+            for count in (1, 8) if rows == 1 else ():
+                parts = mx.zeros((count, *x.shape), dtype if count == 1 else F32)
+                row = dots.Normed(x, parts, count, norm, 1e-5)
+                packed.multiply_strips_normed(row, weights, strips, swiglu=swiglu)
+    assert len(compiling.done) == 24
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "Q5_1", "IQ4_XS", "halves of Q4_K"])
