@@ -215,31 +215,27 @@ def measure_http(path: Path, size: tuple[int, int]) -> None:
             about = {"picture": number, "bytes": len(buffer.getvalue())}
             for measured, question in QUESTIONS.items():
                 text = {"type": "text", "text": question}
-                show(f"http, {measured}", about | first_text(server.url, [shown, text]))
+                show(f"http, {measured}", about | first_token(server.url, [shown, text]))
             text = {"type": "text", "text": f"{number} is a number. " * 68}
-            show("http, text", about | first_text(server.url, [text]))
+            show("http, text", about | first_token(server.url, [text]))
 
 
-def first_text(url: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the time to the first text of a streamed answer, and the tokens of the prompt."""
+def first_token(url: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the time to an answer of one token, and the tokens of the prompt."""
     body = {
-        "model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 8,
-        "temperature": 0, "ignore_eos": True, "stream": True,
-        "stream_options": {"include_usage": True},
+        "model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1,
+        "temperature": 0,
     }  # fmt: skip
-    headers = {"content-type": "application/json"}
     raw = json.dumps(body).encode()
-    began, first, usage = time.perf_counter(), 0.0, {}
-    asked = urllib.request.Request(f"{url}/v1/chat/completions", raw, headers)
-    with urllib.request.urlopen(asked) as lines:
-        for line in lines:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            usage = event.get("usage") or usage
-            if not first and any(choice["delta"].get("content") for choice in event["choices"]):
-                first = time.perf_counter() - began
-    return {"first_text_ms": round(1e3 * first, 2), "prompt_tokens": usage["prompt_tokens"]}
+    asked = urllib.request.Request(
+        f"{url}/v1/chat/completions", raw, {"content-type": "application/json"}
+    )
+    began = time.perf_counter()
+    with urllib.request.urlopen(asked) as answer:
+        usage = json.load(answer)["usage"]
+    seconds = time.perf_counter() - began
+    assert usage["completion_tokens"] == 1, usage
+    return {"first_token_ms": round(1e3 * seconds, 2), "prompt_tokens": usage["prompt_tokens"]}
 
 
 class Served(TinyCatalogue):
