@@ -163,9 +163,11 @@ def run(engine: str, python: str, job: Job) -> tuple[str, list[Scored]]:
     with tempfile.NamedTemporaryFile("w+") as given, tempfile.NamedTemporaryFile("r") as results:
         json.dump(job, given)
         given.flush()
-        # -P: a module of this directory has the name of a package that vLLM looks for.
+        # Elsewhere, and -P: modules of this directory have names of packages that vLLM looks for.
         command = [python, "-P", __file__, "--run", engine, given.name, results.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False
+        )
         if done.returncode != 0:
             sys.exit(f"{engine} failed: exit code {done.returncode}\n{done.stderr[-5000:]}")
         about, found = json.load(results)
@@ -213,7 +215,7 @@ def main() -> None:
     texts = [*PASSAGES.values(), *(path.read_text() for path in given.texts)]
     tokenizer = Tokenizer.from_file(str(given.model / "tokenizer.json"))
     job = {
-        "model": str(given.model),
+        "model": str(given.model.resolve()),
         "prompts": [tokenizer.encode(text).ids[: given.tokens] for text in texts],
         "answer": given.answer,
         "model_len": given.tokens + given.answer,
