@@ -604,20 +604,126 @@ template <Cache C> INLINE f32s load_cached(const uint8_t* from) {
 
 constexpr int kTokens = 128;  // tokens whose scores are kept before their values are read
 
+// Caches of bfloat16 are multiplied in pairs, where a processor can: queries and scores are rounded to
+// bfloat16, too. Two numbers of neighbouring elements of a query, or of neighbouring tokens, are one of
+// [..][Q].
+#if defined(__AVX512BF16__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// s[q] += the products of 16 keys [dim][16] with query q.
+template <int Q> void score_pairs(const uint8_t* keys, const uint32_t (*queries)[Q], int dim, f32s (&s)[Q]);
+// The output of each query += its scores times the values of tokens from `base` to `end`; all queries see
+// those from `all_from` to `all_stop`.
+template <int Q>
+void add_pairs(const Attention& a, int start, int base, int end, int all_from, int all_stop,
+               const uint32_t (*scores)[Q]);
+
+#if defined(__AVX512BF16__)
+INLINE f32s dot_pairs(f32s acc, __m512i x, uint32_t y) {
+    return (f32s)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)_mm512_set1_epi32(y));
+}
+
+// Which numbers become pairs: those from `first` on with those from `second` on.
+INLINE __m512i pairs_of(int first, int second) {
+    alignas(64) uint16_t from[2 * kLanes];
+    for (int i = 0; i < kLanes; i++) from[2 * i] = first + i, from[2 * i + 1] = second + i;
+    return _mm512_load_si512(from);
+}
+
+// 32 elements of a token, and of the next one, as pairs.
+INLINE void load_pairs(const uint8_t* values, int dim, __m512i (&v)[2]) {
+    const __m512i one = _mm512_loadu_si512(values), two = _mm512_loadu_si512(values + (size_t)dim * 2);
+    v[0] = _mm512_permutex2var_epi16(one, pairs_of(0, 2 * kLanes), two);
+    v[1] = _mm512_permutex2var_epi16(one, pairs_of(kLanes, 3 * kLanes), two);
+}
+
+template <int Q> INLINE void score_pairs(const uint8_t* keys, const uint32_t (*queries)[Q], int dim, f32s (&s)[Q]) {
+    for (int d = 0; d < dim / 2; d++) {
+        const __m512i both = _mm512_loadu_si512(keys + (size_t)d * 4 * kLanes);
+        const __m512i k = _mm512_permutexvar_epi16(pairs_of(0, kLanes), both);
+        for (int q = 0; q < Q; q++) s[q] = dot_pairs(s[q], k, queries[d][q]);
+    }
+}
+
+// The same for up to 16 tokens that some queries do not see. Not in line: the sums of `add_pairs` would
+// not stay in registers.
+template <int Q>
+__attribute__((noinline)) void add_seen_pairs(const Attention& a, int start, int token, int count, const uint8_t* values,
+                                              const uint32_t (*scores)[Q], f32s (*sum)[2]) {
+    for (int t = 0; t < count; t += 2) {
+        __m512i v[2];
+        load_pairs(values + (size_t)t * a.dim * 2, a.dim, v);
+        for (int q = 0; q < Q; q++) {
+            // A score of 0 would not keep out a value that is not finite.
+            const int at = token + t, first = a.first[start + q], stop = a.length[start + q];
+            const __mmask32 seen = (at >= first && at < stop ? 0x55555555u : 0) |
+                                   (at + 1 >= first && at + 1 < stop ? 0xaaaaaaaau : 0);
+            for (int h = 0; h < 2; h++)
+                sum[q][h] = dot_pairs(sum[q][h], _mm512_maskz_mov_epi16(seen, v[h]), scores[t / 2][q]);
+        }
+    }
+}
+
+template <int Q>
+INLINE void add_pairs(const Attention& a, int start, int base, int end, int all_from, int all_stop,
+                      const uint32_t (*scores)[Q]) {
+    const size_t part = (size_t)a.block_size * a.dim * 2, block = 2 * part * a.heads;
+    for (int c = 0; c < a.dim; c += 2 * kLanes) {
+        f32s sum[Q][2];
+        float* out = a.output + (size_t)start * a.dim + c;
+        for (int q = 0; q < Q; q++)
+            for (int h = 0; h < 2; h++) sum[q][h] = load<f32s>(out + (size_t)q * a.dim + h * kLanes);
+        for (int token = base; token < end; token += 16) {
+            const uint8_t* values = a.pool + (size_t)a.table[token / a.block_size] * block + part * (a.heads + a.head) +
+                                    ((size_t)(token % a.block_size) * a.dim + c) * 2;
+            const uint32_t (*by)[Q] = scores + (token - base) / 2;
+            if (token + 16 <= end && token >= all_from && token + 16 <= all_stop) {
+                for (int t = 0; t < 16; t += 2) {
+                    __m512i v[2];
+                    load_pairs(values + (size_t)t * a.dim * 2, a.dim, v);
+                    for (int q = 0; q < Q; q++) {
+                        sum[q][0] = dot_pairs(sum[q][0], v[0], by[t / 2][q]);
+                        sum[q][1] = dot_pairs(sum[q][1], v[1], by[t / 2][q]);
+                    }
+                }
+            } else {
+                f32s some[Q][2];
+                for (int q = 0; q < Q; q++) some[q][0] = sum[q][0], some[q][1] = sum[q][1];
+                add_seen_pairs<Q>(a, start, token, end - token < 16 ? end - token : 16, values, by, some);
+                for (int q = 0; q < Q; q++) sum[q][0] = some[q][0], sum[q][1] = some[q][1];
+            }
+        }
+        for (int q = 0; q < Q; q++)
+            for (int h = 0; h < 2; h++) store(out + (size_t)q * a.dim + h * kLanes, sum[q][h]);
+    }
+}
+#endif
+
 // Keys of a block are [block_size / 16][dim][16], values [block_size][dim].
-template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
+template <Cache C, bool Paired, int Q> void attend_queries(const Attention& a, int start) {
     constexpr int size = C == Cache::F32 ? 4 : 2;
     const size_t part = (size_t)a.block_size * a.dim * size, block = 2 * part * a.heads;
     alignas(64) float scores[Q][kTokens];
     const int chunks = a.dim / kLanes;
     float queries[kLargestHead][Q];
+    uint32_t query_pairs[kLargestHead / 2][Q], pairs[kTokens / 2][Q];
+    uint16_t halves[kLargestHead > kTokens ? kLargestHead : kTokens];
     i32s numbers{};
     for (int i = 0; i < kLanes; i++) numbers[i] = i;
     // All queries see the tokens from `all_from` to `all_stop`, and none those out of first to stop.
     int first = INT32_MAX, stop = 0, all_from = 0, all_stop = INT32_MAX;
     float most[Q], total[Q];
     for (int q = 0; q < Q; q++) {
-        for (int d = 0; d < a.dim; d++) queries[d][q] = a.queries[(size_t)(start + q) * a.query_stride + d];
+        const float* query = a.queries + (size_t)(start + q) * a.query_stride;
+        if constexpr (Paired) {
+            to_bfloat16(query, a.dim, halves);
+            for (int d = 0; d < a.dim / 2; d++) query_pairs[d][q] = load<uint32_t>(halves + 2 * d);
+        } else {
+            for (int d = 0; d < a.dim; d++) queries[d][q] = query[d];
+        }
         if (a.first[start + q] < first) first = a.first[start + q];
         if (a.length[start + q] > stop) stop = a.length[start + q];
         if (a.first[start + q] > all_from) all_from = a.first[start + q];
@@ -636,10 +742,12 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
                                   ((size_t)(token % a.block_size / 16) * a.dim * 16 + token % 16) * size;
             f32s s[Q];
             for (int q = 0; q < Q; q++) s[q] = f32s{};
-            for (int d = 0; d < a.dim; d++) {
-                const f32s k = load_cached<C>(keys + (size_t)d * 16 * size);
-                for (int q = 0; q < Q; q++) s[q] += k * queries[d][q];
-            }
+            if constexpr (Paired) score_pairs<Q>(keys, query_pairs, a.dim, s);
+            else
+                for (int d = 0; d < a.dim; d++) {
+                    const f32s k = load_cached<C>(keys + (size_t)d * 16 * size);
+                    for (int q = 0; q < Q; q++) s[q] += k * queries[d][q];
+                }
             const i32s place = token + numbers;
             for (int q = 0; q < Q; q++) {
                 f32s v = s[q] * a.scale;
@@ -671,6 +779,14 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
                     float* out = a.output + (size_t)(start + q) * a.dim + kLanes * c;
                     store(out, load<f32s>(out) * shrink);
                 }
+            if constexpr (Paired) {
+                to_bfloat16(scores[q], span, halves);
+                for (int i = 0; i < span / 2; i++) pairs[i][q] = load<uint32_t>(halves + 2 * i);
+            }
+        }
+        if constexpr (Paired) {
+            add_pairs<Q>(a, start, base, end, all_from, all_stop, pairs);
+            continue;
         }
         for (int c = 0; c < chunks; c++) {
             f32s sum[Q];
@@ -700,21 +816,22 @@ template <Cache C, int Q> void attend_queries(const Attention& a, int start) {
         }
 }
 
-template <Cache C> void attend_cache(const Attention& a) {
+template <Cache C, bool Paired = false> void attend_cache(const Attention& a) {
     int done = 0;
-    for (; done + kQueries <= a.count; done += kQueries) attend_queries<C, kQueries>(a, done);
-    for (; done + 8 <= a.count; done += 8) attend_queries<C, 8>(a, done);
-    for (; done + 4 <= a.count; done += 4) attend_queries<C, 4>(a, done);
-    if (a.count - done == 3) attend_queries<C, 3>(a, done), done += 3;
-    if (a.count - done == 2) attend_queries<C, 2>(a, done), done += 2;
-    if (done < a.count) attend_queries<C, 1>(a, done);
+    for (; done + kQueries <= a.count; done += kQueries) attend_queries<C, Paired, kQueries>(a, done);
+    for (; done + 8 <= a.count; done += 8) attend_queries<C, Paired, 8>(a, done);
+    for (; done + 4 <= a.count; done += 4) attend_queries<C, Paired, 4>(a, done);
+    if (a.count - done == 3) attend_queries<C, Paired, 3>(a, done), done += 3;
+    if (a.count - done == 2) attend_queries<C, Paired, 2>(a, done), done += 2;
+    if (done < a.count) attend_queries<C, Paired, 1>(a, done);
 }
 
 void attend(const Attention& a) {
     switch (a.cache) {
         case Cache::F32: return attend_cache<Cache::F32>(a);
         case Cache::F16: return attend_cache<Cache::F16>(a);
-        case Cache::BF16: return attend_cache<Cache::BF16>(a);
+        case Cache::BF16:
+            return a.dim % (2 * kLanes) == 0 ? attend_cache<Cache::BF16, kPairs>(a) : attend_cache<Cache::BF16>(a);
     }
 }
 
