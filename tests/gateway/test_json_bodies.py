@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from modelpack_server.gateway import json_bodies
 from modelpack_server.gateway.json_bodies import (
+    INLINE,
     MAX_CONTAINERS,
     MAX_DEPTH,
     MAX_ITEMS,
@@ -18,6 +21,7 @@ from modelpack_server.gateway.json_bodies import (
     MAX_VALUES,
     BodyError,
     ComplexityError,
+    in_worker,
     parse,
 )
 
@@ -144,3 +148,50 @@ def test_what_is_within_the_limits_is_parsed() -> None:
     assert parse(deep).value == parsed_piecewise(deep)
     messages = [{"role": "user", "content": "word " * 20}] * 4000
     assert parse(json.dumps(messages).encode()).value == messages
+
+
+_PICTURE = b'{"url": "data:image/jpeg;base64,' + b"AB+/" * 200_000 + b'"}'
+
+
+@pytest.mark.parametrize(
+    ("pieces", "is_light"),
+    [
+        ([b"{}"], True),
+        ([b"\\" * INLINE], True),
+        ([_PICTURE], True),
+        ([_PICTURE[:99], _PICTURE[99:]], True),
+        ([b"[" + b"1," * 200 + b'"' + b"A" * INLINE + b'"]'], True),
+        ([b"[" + b"1," * 300 + b'"' + b"A" * INLINE + b'"]'], False),
+        ([b"[" * 300 + b" " * INLINE], False),
+        ([b"{" * 150, b"{" * 150 + b" " * INLINE], False),
+        ([b'"' + b"\\n" * INLINE + b'"'], False),
+        ([_PICTURE, _PICTURE], False),
+    ],
+)
+def test_bodies_with_few_values_need_no_thread(pieces: list[bytes], is_light: bool) -> None:
+    thread = asyncio.run(in_worker(pieces, threading.current_thread))
+    assert (thread is threading.current_thread()) is is_light
+
+
+@pytest.mark.parametrize(
+    ("raw", "values", "containers"),
+    [
+        (_PICTURE, 1, 1),  # the comma of the data: URL
+        (b'[1, 2, {"a": []}]', 2, 3),
+        (b"[" + b"1," * MAX_ITEMS + b"1]", MAX_ITEMS + 2, 1),  # counted exactly
+    ],
+)
+def test_the_memory_of_values_is_estimated(raw: bytes, values: int, containers: int) -> None:
+    memory = len(raw) + 64 * values + 256 * containers
+    assert parse(raw).memory == memory
+
+
+def test_bodies_of_many_values_are_read_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(raw: bytes) -> Any:
+        raise AssertionError("parsed in one call")
+
+    monkeypatch.setattr(json_bodies, "_quick", whole)
+    for raw in (b"[" + b"1," * MAX_ITEMS + b"1]", b"[" + b"{}," * 3000 + b"{}]"):
+        assert len(parse(raw).value) > 3000
+    with pytest.raises(AssertionError, match="in one call"):
+        parse(_PICTURE)

@@ -119,17 +119,17 @@ class JsonRequest(Request):
 
     async def _validated(self, body_type: type[Body], value: Any) -> Any:
         """Return a large body as an instance of `body_type`, a small one unchanged."""
-        size = len(await self.body())
-        if size <= INLINE:
+        body = await self.body()
+        if len(body) <= INLINE:
             return value
         _is_large.set(True)
         # Use the one thread that parses: several threads would only wait for the interpreter.
-        return await in_worker(size, lambda: _validated(body_type, value))
+        return await in_worker([body], lambda: _validated(body_type, value))
 
     async def _parsed(self) -> Any:
         try:
             body = await self.body()
-            return (await in_worker(len(body), lambda: parse(body))).value
+            return (await in_worker([body], lambda: parse(body))).value
         except ComplexityError as error:
             raise HTTPException(400, f"the request body is too complex: {error}") from None
         except BodyError as error:

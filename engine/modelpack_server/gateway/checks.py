@@ -262,7 +262,7 @@ class Checks:
         if not size:
             return b"", Asked()
         try:
-            body, (parsed, asked) = await in_worker(size, work)
+            body, (parsed, asked) = await in_worker(pieces, work)
         except ComplexityError as error:
             raise TooComplexError(size, str(error)) from None
         if not scope["path"].endswith("/responses"):

@@ -308,7 +308,7 @@ class Recording:
         document = document_in(scope)
         if document is None and len(asked) <= _KEPT_CHARACTERS:
             with suppress(BodyError):
-                document = (await in_worker(len(asked), lambda: parse(asked))).value
+                document = (await in_worker([asked], lambda: parse(asked))).value
         name = document.get("model") if isinstance(document, dict) else None
         name = name if isinstance(name, str) else ""
         request, response, error = await asyncio.to_thread(_read, asked, document, said, status)
