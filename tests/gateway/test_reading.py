@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.datastructures import Headers
 
+from modelpack_server.gateway import bodies
 from modelpack_server.gateway.bodies import look_into
 from modelpack_server.gateway.checks import Route, is_plain, route_of
 from modelpack_server.gateway.families import Family, family_of
 from modelpack_server.gateway.metrics import GatewayMetrics
 from modelpack_server.gateway.traces import Trace
 from modelpack_server.gateway.usage import ReplyReader
+from tests.gateway.houses import BODY
+from tests.gateway.servers import CHAT, Upstream, protected
 
 
 def new_trace(family: Family = Family.OPENAI) -> Trace:
@@ -149,6 +153,20 @@ def test_plain_paths(path: str, plain: bool) -> None:
 def test_estimates(body: Any, prompt: int, answer: int) -> None:
     _, asked = look_into(json.dumps(body).encode())
     assert (asked.prompt_tokens, asked.answer_tokens) == (prompt, answer)
+
+
+def test_a_request_that_no_key_counts_has_no_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"model": "m", "prompt": "data:image/png;base64," + "A" * 9000, "max_tokens": 7}
+    _, counted = look_into(json.dumps(body).encode())
+
+    def read(text: str) -> bool:
+        raise AssertionError("the media were read")
+
+    monkeypatch.setattr(bodies, "_is_media", read)
+    _, asked = look_into(json.dumps(body).encode(), is_counted=False)
+    assert asked == replace(counted, prompt_tokens=0)
+    with protected(Upstream()) as served:
+        assert served.client.post(CHAT, json={**BODY, **body}).status_code == 200
 
 
 OPENAI = (

@@ -237,9 +237,10 @@ def release_body(scope: Scope) -> None:
         share.release()
 
 
-def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
+def look_into(body: bytes, *, is_counted: bool = True) -> tuple[Parsed | None, Asked]:
     """Return the parsed body, or None if it is not a JSON object, and its model and tokens.
 
+    Unless the request `is_counted`, its prompt has no estimate, for which all media are read.
     Raises `ComplexityError`.
     """
     try:
@@ -263,7 +264,7 @@ def look_into(body: bytes) -> tuple[Parsed | None, Asked]:
         ambiguous=names.count("model") > 1 or names.count("name") > 1,
         fields=frozenset(named) & {"model", "name"},
         valid=True,
-        prompt_tokens=_prompt_tokens(document),
+        prompt_tokens=_prompt_tokens(document) if is_counted else 0,
         answer_tokens=_answer_tokens(document),
         background=document.get("background") is True,
     )

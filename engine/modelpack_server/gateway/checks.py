@@ -219,7 +219,9 @@ class Checks:
                         pieces = await read_body(
                             receive, Headers(scope=scope), limit, share, **reuse
                         )
-                        body, asked = await self._look_into(scope, pieces, share, route)
+                        body, asked = await self._look_into(
+                            scope, pieces, share, route, is_counted=grant is not None
+                        )
                         receive = replayed(body, receive)
                         body = b""  # only the application holds it now
                         put_share(scope, share)
@@ -246,7 +248,13 @@ class Checks:
                 _settle(grant, trace_of(scope), asked)
 
     async def _look_into(
-        self, scope: Scope, pieces: list[bytes], share: BodyShare, route: Route
+        self,
+        scope: Scope,
+        pieces: list[bytes],
+        share: BodyShare,
+        route: Route,
+        *,
+        is_counted: bool,
     ) -> tuple[bytes, Asked]:
         """Return the joined body with its model and tokens; keep its JSON in `scope`."""
         size = sum(map(len, pieces))
@@ -257,7 +265,7 @@ class Checks:
             if route is Route.SPEECH:
                 content_type = Headers(scope=scope).get("content-type", "")
                 return body, (None, look_into_form(body, content_type))
-            return body, look_into(body)
+            return body, look_into(body, is_counted=is_counted)
 
         if not size:
             return b"", Asked()
