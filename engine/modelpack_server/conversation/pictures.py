@@ -296,7 +296,7 @@ class PictureReader:
         if len(text) > max_bytes // 3 * 4 + 8:
             raise self._too_large(param, what, max_bytes)
         try:
-            data = base64.b64decode("".join(text.split()), validate=True)
+            data = _from_base64(text)
         except (binascii.Error, ValueError) as error:
             raise RequestError(f"{param}: the base64 is not valid: {error}", param=param) from None
         if len(data) > max_bytes:
@@ -345,6 +345,14 @@ class PictureReader:
             f"{param}: the {what} has more than {max_bytes or MAX_BYTES} bytes", param=param,
             hint=f"send a smaller {what}",
         )  # fmt: skip
+
+
+def _from_base64(text: str) -> bytes:
+    """Return the bytes of base64, which may be in lines; raises `ValueError`."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:  # most texts have no lines, whose search takes a quarter of the time more
+        return base64.b64decode("".join(text.split()), validate=True)
 
 
 def picture_reader(model: ServedModel) -> PictureReader | None:

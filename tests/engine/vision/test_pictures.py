@@ -147,6 +147,7 @@ def test_data_urls_are_read_loosely() -> None:
         f"data:;base64,{text}", f"DATA:IMAGE/PNG;BASE64,{text}",
         f"data:image/jpeg;name=a.png;base64,{text}",
         f"data:image/png;base64,{text[:20]}\n{text[20:]}",
+        f"data:image/png;base64, {text[:20]}\r\n\u00a0{text[20:]}\n",
         "data:image/png;base64," + text.replace("+", "%2B").replace("=", "%3D"),
     ):  # fmt: skip
         assert np.array_equal(pixels_of(PictureReader().url(given, "here")), GRADIENT)
