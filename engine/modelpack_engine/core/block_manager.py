@@ -764,16 +764,19 @@ class BlockManager:
             if not sequence.media or start >= sequence.media[-1].stop:
                 hashes += block_hashes(parent, sequence.token_ids(start, stop), size)
                 return hashes[index]
-            for at in range(start, stop, size):
-                parent = _with_media(parent, sequence.media, at, at + size)
-                hashes += block_hashes(parent, sequence.token_ids(at, at + size), size)
-                parent = hashes[-1]
+            # Blocks after the one in which a picture begins have its digest by their parent.
+            while start < stop:
+                parent = _with_media(parent, sequence.media, start, start + size)
+                later = (each.start for each in sequence.media if each.start >= start + size)
+                end = min(stop, next(later, stop) // size * size)
+                hashes += block_hashes(parent, sequence.token_ids(start, end), size)
+                parent, start = hashes[-1], end
         return hashes[index]
 
 
 def _with_media(parent: bytes, media: Tokens[Media], start: int, stop: int) -> bytes:
-    """Return the parent hash of a block of tokens [start, stop), with the media in it."""
-    found = [each for each in media if each.start < stop and start < each.stop]
+    """Return the parent hash of a block [start, stop), with the media that begin in it."""
+    found = [each for each in media if start <= each.start < stop]
     if not found:
         return parent
     return root_hash(parent, *(b"%d %b" % (each.start, each.digest) for each in found))

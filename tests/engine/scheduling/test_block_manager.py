@@ -7,9 +7,11 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from modelpack_engine.core import block_manager
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.block_pool import NULL_BLOCK, BlockPool
 from modelpack_engine.core.sequence import Sequence
+from modelpack_engine.request import Media
 from tests.engine.scheduling.simulation import audit, sequence
 
 SIZE = 3
@@ -258,6 +260,49 @@ def test_a_hash_can_be_asked_for_before_those_that_it_follows() -> None:
     tokens = list(range(9 * SIZE))
     in_order = blocks.hashes_between(sequence(tokens), 0, 9 * SIZE)
     assert blocks.hashes_between(sequence(tokens), 8 * SIZE, 9 * SIZE) == in_order[8:]
+
+
+def with_pictures(tokens: list[int], *pictures: tuple[int, int, bytes]) -> Sequence:
+    """Return a sequence with pictures: the first token, their number, and the digest."""
+    seq = sequence(tokens)
+    seq.media = tuple(
+        Media(start, tuple(tokens[start : start + count]), digest, {})
+        for start, count, digest in pictures
+    )
+    return seq
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 20), (1, 1), (2, 2), (3, 7), (4, 11), (17, 13)])
+@pytest.mark.parametrize("at_once", [1, 2, 64])
+def test_another_picture_changes_all_blocks_from_its_first_token(
+    start: int, count: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = [7] * 40
+
+    def hashes(first: bytes, then: bytes = b"last") -> list[bytes]:
+        seq = with_pictures(tokens, (start, count, first), (start + count, 9, then))
+        return BlockManager(20, SIZE).hashes_between(seq, 0, 39)
+
+    expected = hashes(b"one")
+    monkeypatch.setattr(block_manager, "HASHED_AT_ONCE", at_once)
+    found = hashes(b"one")
+    assert found == expected
+    assert len(set(found)) == len(found)
+    for other, position in ((hashes(b"two"), start), (hashes(b"one", b"two"), start + count)):
+        same = [a == b for a, b in zip(found, other, strict=True)]
+        assert same == [(index + 1) * SIZE <= position for index in range(13)]
+
+
+def test_blocks_of_a_picture_are_hashed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    hashes = block_manager.block_hashes
+    monkeypatch.setattr(
+        block_manager, "block_hashes", lambda *given: calls.append(given) or hashes(*given)
+    )
+    monkeypatch.setattr(block_manager, "HASHED_AT_ONCE", 64)
+    seq = with_pictures(list(range(120)), (4, 50, b"one"), (54, 50, b"two"))
+    assert len(BlockManager(50, SIZE).hashes_between(seq, 0, 120)) == 40
+    assert len(calls) == 3  # the block before the first picture, and one for each
 
 
 def test_blocks_of_another_model_do_not_match() -> None:
