@@ -28,6 +28,7 @@ import importlib
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
 import urllib.request
@@ -203,7 +204,11 @@ def measure_together(path: Path, count: int) -> None:
 
 
 def measure_http(path: Path, size: tuple[int, int]) -> None:
-    """Measure first tokens over HTTP of two questions about each picture, and of text."""
+    """Measure first tokens over HTTP of two questions about each picture, and of text.
+
+    The engine runs in a thread of the server, as by `serve --no-engine-process`.
+    """
+    sys.setswitchinterval(0.001)  # as `AppServer.run` does, but not `start`
     catalogue = Served(lambda: make_engine(path, 8), AsyncEngine)
     pool = lambda: ModelPool(catalogue, memory=10_000, grace=0.0)  # noqa: E731
     with ModelServer(pool, address="127.0.0.1:0") as server:
