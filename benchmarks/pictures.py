@@ -221,7 +221,8 @@ def measure_http(path: Path, size: tuple[int, int]) -> None:
             for measured, question in QUESTIONS.items():
                 text = {"type": "text", "text": question}
                 show(f"http, {measured}", about | first_token(server.url, [shown, text]))
-            text = {"type": "text", "text": f"{number} is a number. " * 68}
+            words = f"{number} is a number. " * (size[0] * size[1] // 11_800)  # as many tokens
+            text = {"type": "text", "text": words}
             show("http, text", about | first_token(server.url, [text]))
 
 
