@@ -447,11 +447,9 @@ def test_strips_have_enough_registers(
     compiling = Compiling("sm_90a")
     monkeypatch.setattr(launch, "kernel", compiling.kernel)
     inputs = packed._UNIT * packed._MOST_WARPS
-    norm = mx.zeros((inputs,), dtype)
+    norm, keys = mx.zeros((inputs,), dtype), (mx.random.key(1), mx.random.key(2))
     for rows, biased in itertools.product((1, 2, 4, 8), (False, True)):
-        weights, *_ = random_weights(
-            dtype, bits, (64, inputs), 1.0, *launch.random_keys(1, 2), group_size
-        )
+        weights, *_ = random_weights(dtype, bits, (64, inputs), 1.0, *keys, group_size)
         weights = weights if biased else replace(weights, bias=None)
         strips = packed.plan_strips(rows, inputs, bits, group_size)
         assert strips is not None
