@@ -325,15 +325,16 @@ def test_any_case(case: Case, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("cache", list(CacheType))
-@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("window", [0, 9, 150, 300])
 def test_a_row_is_the_same_alone(cache: CacheType, window: int, kernels: str) -> None:
     """However many queries attend together, and from which token on."""
-    whole = Layer(Case(heads=6, cache=cache, window=window, sequences=((0, 150),)))
+    whole = Layer(Case(heads=6, cache=cache, window=window, sequences=((0, 420),)))
     expected = whole.compute()
-    alone = Layer(replace(whole.case, sequences=((149, 1),)))
-    alone.cache.pool, alone.cache.tables = whole.cache.pool, whole.cache.tables
-    alone.heads = whole.heads[-1:]
-    np.testing.assert_array_equal(alone.compute(), expected[-1:])
+    for row in (150, 286, 300, 319, 419):
+        alone = Layer(replace(whole.case, sequences=((row, 1),)))
+        alone.cache.pool, alone.cache.tables = whole.cache.pool, whole.cache.tables
+        alone.heads = whole.heads[row : row + 1].copy()
+        np.testing.assert_array_equal(alone.compute()[0], expected[row])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -605,8 +605,8 @@ template <Cache C> INLINE f32s load_cached(const uint8_t* from) {
 constexpr int kTokens = 128;  // tokens whose scores are kept before their values are read
 
 // Caches of bfloat16 are multiplied in pairs, where a processor can: queries and scores are rounded to
-// bfloat16, too. Two numbers of neighbouring elements of a query, or of neighbouring tokens, are one of
-// [..][Q].
+// bfloat16, too. A uint32 of [..][Q] holds two neighbouring elements of a query, or its scores of two
+// neighbouring tokens.
 #if defined(__AVX512BF16__)
 constexpr bool kPairs = true;
 #else
@@ -648,8 +648,8 @@ template <int Q> INLINE void score_pairs(const uint8_t* keys, const uint32_t (*q
     }
 }
 
-// The same for up to 16 tokens that some queries do not see. Not in line: the sums of `add_pairs` would
-// not stay in registers.
+// As `add_pairs`, for 32 elements of up to 16 tokens that some queries do not see. Not in line: the sums of
+// `add_pairs` would not stay in registers.
 template <int Q>
 __attribute__((noinline)) void add_seen_pairs(const Attention& a, int start, int token, int count, const uint8_t* values,
                                               const uint32_t (*scores)[Q], f32s (*sum)[2]) {
@@ -733,8 +733,10 @@ template <Cache C, bool Paired, int Q> void attend_queries(const Attention& a, i
         for (int c = 0; c < chunks; c++)
             store(a.output + (size_t)(start + q) * a.dim + kLanes * c, f32s{});
     }
-    for (int base = first / 16 * 16; base < stop; base += kTokens) {
-        const int end = base + kTokens < stop ? base + kTokens : stop;
+    // Scores are kept from one multiple of kTokens to the next, so that a row is the same whatever attends with it.
+    for (int base = first / 16 * 16, end; base < stop; base = end) {
+        end = (base / kTokens + 1) * kTokens;
+        if (end > stop) end = stop;
         f32s peak[Q];
         for (int q = 0; q < Q; q++) peak[q] = splat(-INFINITY);
         for (int token = base; token < end; token += kLanes) {
