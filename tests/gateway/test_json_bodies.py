@@ -166,6 +166,9 @@ _PICTURE = b'{"url": "data:image/jpeg;base64,' + b"AB+/" * 200_000 + b'"}'
         ([b"{" * 150, b"{" * 150 + b" " * INLINE], False),
         ([b'"' + b"\\n" * INLINE + b'"'], False),
         ([_PICTURE, _PICTURE], False),
+        ([b" "] * 16 + [b"1," * INLINE], False),
+        ([b"1,"] * INLINE, False),
+        ([b" " * 64] * INLINE, False),
     ],
 )
 def test_bodies_with_few_values_need_no_thread(pieces: list[bytes], is_light: bool) -> None:

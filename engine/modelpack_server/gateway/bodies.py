@@ -136,7 +136,7 @@ async def read_body(
     clock: Callable[[], float] = time.monotonic,
     give_back: Callable[[bytes], None] = lambda _: None,
 ) -> list[bytes]:
-    """Return the whole body in pieces, to be joined in a thread. Raises `ReadError`.
+    """Return the whole body in pieces, to be joined later. Raises `ReadError`.
 
     It keeps at most `limit` bytes, and no more than `share` allows. It calls `give_back` with each
     message's bytes once they are copied (see `http.connection`). It reads and drops the rest of a
