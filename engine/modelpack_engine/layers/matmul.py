@@ -150,7 +150,8 @@ def multiply_normed(
 
     With `swiglu`, the first half of the outputs are gates. None if no kernel does all of it.
     """
-    if strips := packed.strips_for(row.a, weights):
+    strips = packed.strips_for(row.a, weights)
+    if strips and weights.num_inputs <= packed.MOST_NORMED:
         return packed.multiply_strips_normed(row, weights, strips, swiglu=swiglu)
     if packed.fits_row(row.a, weights):
         return packed.multiply_normed(row, weights, swiglu=swiglu)

@@ -3,8 +3,8 @@
 With few rows, the time is that of reading the packed weights. It needs tensor cores; with more than
 a few rows, those of Hopper (compute capability 9.0), which multiply for a warpgroup at once. With
 more rows than the largest tile has, a copy in full and the vendor's matmul are faster. Up to eight
-rows have a kernel of their own for weights of 4 bits, whose blocks copy them far ahead (Hopper);
-one row has another one for the sizes and GPUs that it does not support.
+rows have a kernel of their own, whose blocks copy weights far ahead (Hopper); one row of 4 bits has
+another one for the sizes and GPUs that it does not support.
 """
 
 from __future__ import annotations
@@ -180,6 +180,8 @@ class Strips:
 #: multiprocessors of a large GPU, the most stages, and the most rows and inputs that are kept.
 _UNIT, _MOST_WARPS, _MOST_SHARED, _PROCESSORS, _MOST_STAGES = 256, 16, 224 << 10, 132, 6
 _MOST_STRIP_ROWS, _MOST_KEPT = 8, 1 << 15
+#: The most inputs of a row that strips norm: its elements are in registers meanwhile.
+MOST_NORMED = 12288
 
 
 def strips_for(x: mx.array, weights: Weights, *, parted: bool = False) -> Strips | None:
