@@ -77,7 +77,7 @@ def cache_salt(adapter: str = "", *, owner: str | None = None) -> bytes:
     """Return the salt of a sequence: sequences share prefixes only if their salts are equal.
 
     It covers the adapter's name and the owner of the request: requests of other owners must not
-    find its prompts in the cache. It is empty without both. Blocks with media have their own hash.
+    find its prompts in the cache. It is empty without both. Hashes cover the media.
     """
     content = root_hash(adapter.encode()) if adapter else b""
     if owner is None:
@@ -764,7 +764,7 @@ class BlockManager:
             if not sequence.media or start >= sequence.media[-1].stop:
                 hashes += block_hashes(parent, sequence.token_ids(start, stop), size)
                 return hashes[index]
-            # Blocks after the one in which a picture begins have its digest by their parent.
+            # The parent's hash covers the digest in all later blocks of a picture.
             while start < stop:
                 parent = _with_media(parent, sequence.media, start, start + size)
                 later = (each.start for each in sequence.media if each.start >= start + size)

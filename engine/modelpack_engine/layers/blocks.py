@@ -527,7 +527,7 @@ def _case(
 def _product(x: mx.array, full: mx.array) -> mx.array:
     """Return rows x [rows, in] times weights [out, in], or each row's own [rows, out, in].
 
-    Not by a matmul: MLX's of float32 round to TF32 on CUDA, which has ten bits.
+    Not by a matmul: MLX rounds those of float32 to TF32 on CUDA, which has ten bits.
     """
     return (x.astype(mx.float32)[:, None] * full).sum(axis=-1)
 
