@@ -330,7 +330,7 @@ def test_a_row_is_the_same_alone(cache: CacheType, window: int, kernels: str) ->
     """However many queries attend together, and from which token on."""
     whole = Layer(Case(heads=6, cache=cache, window=window, sequences=((0, 420),)))
     expected = whole.compute()
-    for row in (150, 286, 300, 319, 419):
+    for row in (150, 167, 315, 419):  # 167 and 315: another row sees tokens of an earlier 16
         alone = Layer(replace(whole.case, sequences=((row, 1),)))
         alone.cache.pool, alone.cache.tables = whole.cache.pool, whole.cache.tables
         alone.heads = whole.heads[row : row + 1].copy()
