@@ -51,12 +51,16 @@ def client() -> TestClient:
     return TestClient(app)
 
 
-@pytest.mark.parametrize(("length", "on_the_loop"), [(1, True), (_LARGE, False)])
-def test_large_bodies_are_validated_in_a_thread(
-    client: TestClient, length: int, on_the_loop: bool
+@pytest.mark.parametrize(
+    ("words", "on_the_loop"),
+    [(["x"], True), (["x" * _LARGE], True), (["x" * 100] * (_LARGE // 100), False)],
+    ids=["small", "of one word", "of many words"],
+)
+def test_large_bodies_of_many_values_are_validated_in_a_thread(
+    client: TestClient, words: list[str], on_the_loop: bool
 ) -> None:
-    reply = client.post("/words", json={"words": ["x" * length]})
-    assert reply.json() == {"count": 1}
+    reply = client.post("/words", json={"words": words})
+    assert reply.json() == {"count": len(words)}
     *validated, loop = THREADS
     assert len(validated) == 1  # FastAPI does not validate again
     assert (validated[0] is loop) is on_the_loop
