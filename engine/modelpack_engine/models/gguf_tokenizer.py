@@ -165,10 +165,8 @@ _NAMES: Mapping[PreTokenizer, tuple[str, ...]] = {
     PreTokenizer((_cased(r"\p{N}", ""),), whole_words=True, add_bos=True): ("tekken",),
     PreTokenizer((_SEED,)): ("seed-coder",),
     _O200K: ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
-    # Digits before a letter are split from their start.
-    PreTokenizer((r"(?<!\d)\d++\b", _thousands(r"\d")[0], r"\p{N}{1,3}", _O200K_WORDS)): (
-        "tiny_aya",
-    ),
+    # The words split digits before a letter, from their start.
+    PreTokenizer((r"(?<!\d)\d++\b", _thousands(r"\d")[0], _O200K_WORDS)): ("tiny_aya",),
     PreTokenizer((_WIDE, _cased(r"\p{N}", rf"{_CONTRACTIONS}?")), whole_words=True): ("youtu",),
     PreTokenizer((_KIMI,)): ("kimi-k2",),
     PreTokenizer((_PHRASES,)): ("exaone-moe",),

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from modelpack_engine.errors import ModelLoadError
@@ -122,7 +122,10 @@ def words(patterns: tuple[str, ...], text: str) -> list[str]:
             ("youtu",),
             ["東京の", "。", "한글", "ㄅㄆ", "x", " ", "1", "2", " camel", "Case's", "—", "/\n"],
         ),
-        (("tiny_aya",), ["1", "234", "  ", "123", "4", "km", " ", "56", "_", " camel", "Case's"]),
+        (
+            ("tiny_aya",),
+            ["1", "234", " ", " ", "123", "4", "km", " ", "56", "_", " camel", "Case's"],
+        ),
         (
             ("afmoe",),
             ["ภาษา", "東京", "a", "ລາວ", "b", "한글", "c", "ខ្មែរ", "1", "234", "  ", "1", "½d"],
@@ -139,6 +142,7 @@ _ALPHABET = st.text("0123456789 \n_aZ.½٣ก中", max_size=30)
 
 
 @given(text=_ALPHABET)
+@example("  0_")
 def test_groups_of_digits(text: str) -> None:
     """Patterns that read digits twice split as those that look ahead at each group."""
     own = (r"\d{1,3}(?=(?:\d{3})*\b)", *PRE_TOKENIZERS["gpt-4o"].patterns)
