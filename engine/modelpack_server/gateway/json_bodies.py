@@ -48,22 +48,23 @@ _DIGITS = 4300  # Python's own limit for integers
 
 _SPACE = rb"[ \t\n\r]*+"
 _SPACES = re.compile(rb"[ \t\n\r]{0,65536}+")
-_NUMBER = rb"-?(?:0|[1-9][0-9]{0,%d}+)(?:\.[0-9]{1,%d}+)?+(?:[eE][-+]?[0-9]{1,9}+)?+" % (
+# Not possessive repeats of groups: until 3.11.4, Python's matched parts of the next one, too.
+_NUMBER = rb"-?(?:0|[1-9][0-9]{0,%d}+)(?>(?:\.[0-9]{1,%d}+)?)(?>(?:[eE][-+]?[0-9]{1,9}+)?)" % (
     _DIGITS - 1, _DIGITS,
 )  # fmt: skip
 _SCALAR = re.compile(_NUMBER + rb"(?![0-9.])|true|false|null")
 _ITEM = (
     rb'(?:"[^"\\\x00-\x1f]{0,128}+"|true|false|null'
-    rb"|-?(?:0|[1-9][0-9]{0,18}+)(?:\.[0-9]{1,32}+)?+(?:[eE][-+]?[0-9]{1,9}+)?+)"
+    rb"|-?(?:0|[1-9][0-9]{0,18}+)(?>(?:\.[0-9]{1,32}+)?)(?>(?:[eE][-+]?[0-9]{1,9}+)?))"
 )
 #: Items of an array, each with its comma.
-_RUN = re.compile(rb"(?:" + _SPACE + _ITEM + _SPACE + rb",){1,1024}+")
+_RUN = re.compile(rb"(?>(?:" + _SPACE + _ITEM + _SPACE + rb",){1,1024})")
 _KEY = re.compile(rb'"([^"\\\x00-\x1f]{0,256}+)"' + _SPACE + rb":")
 #: Part of a string. It never splits a surrogate pair.
 _PIECE = re.compile(
-    rb'(?:[^"\\\x00-\x1f]{1,4096}+'
+    rb'(?>(?:[^"\\\x00-\x1f]{1,4096}+'
     rb"|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-    rb'|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})){1,256}+'
+    rb'|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})){1,256})'
 )
 
 

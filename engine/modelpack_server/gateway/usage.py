@@ -19,7 +19,8 @@ _LONGEST = 64  # bytes kept of a key or value
 _MARK = re.compile(rb'["{}\[\],:]')
 _BRACKET = re.compile(rb'["{}\[\]]')  # the marks that matter in a skipped container
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_WHOLE_STRINGS = re.compile(rb'(?:[^"]++|' + _STRING.pattern + rb")*+", re.DOTALL)
+# Until 3.11.4, Python's possessive repeats of alternatives matched parts of the next one, too.
+_WHOLE_STRINGS = re.compile(rb'(?>(?:[^"]++|' + _STRING.pattern + rb")*)", re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _DEPTHS = {byte: 1 if byte in b"{[" else -1 for byte in b"{}[]"}
 _SKIP = 16 * 1024  # the limit of bytes of a skipped container per step
