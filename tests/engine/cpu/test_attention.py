@@ -187,6 +187,13 @@ class Layer:
         assert (found[:, case.heads * case.dim :] == 7).all()
         return found[:, : case.heads * case.dim].reshape(-1, case.heads, case.dim)
 
+    def compute_alone(self, index: int, row: int) -> Array:
+        """Return the result [heads, dim] of a row of a sequence in a step without other rows."""
+        alone = Layer(replace(self.case, sequences=((self.case.positions[row], 1),)))
+        alone.heads, alone.frequencies = self.heads[row : row + 1].copy(), self.frequencies
+        alone.cache.pool, alone.cache.tables = self.cache.pool, [self.cache.tables[index]]
+        return alone.compute()[0]
+
     def rotated(self) -> tuple[Array, Array, Array]:
         """Return queries, keys and values after norms and rotation, float64."""
         case = self.case
@@ -331,10 +338,7 @@ def test_a_row_is_the_same_alone(cache: CacheType, window: int, kernels: str) ->
     whole = Layer(Case(heads=6, cache=cache, window=window, sequences=((0, 420),)))
     expected = whole.compute()
     for row in (150, 167, 315, 419):  # 167 and 315: another row sees tokens of an earlier 16
-        alone = Layer(replace(whole.case, sequences=((row, 1),)))
-        alone.cache.pool, alone.cache.tables = whole.cache.pool, whole.cache.tables
-        alone.heads = whole.heads[row : row + 1].copy()
-        np.testing.assert_array_equal(alone.compute()[0], expected[row])
+        np.testing.assert_array_equal(whole.compute_alone(0, row), expected[row])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -391,11 +395,7 @@ def test_rows_do_not_depend_on_their_batch(kernels: str) -> None:
     together = Layer(case)
     found = together.compute()
     for index, row in ((0, 0), (2, 10)):
-        alone = Layer(replace(case, sequences=(case.sequences[index],)))
-        alone.heads = together.heads[row : row + 1].copy()
-        alone.frequencies = together.frequencies
-        alone.cache.pool, alone.cache.tables = together.cache.pool, [together.cache.tables[index]]
-        np.testing.assert_array_equal(alone.compute()[0], found[row])
+        np.testing.assert_array_equal(together.compute_alone(index, row), found[row])
 
 
 def test_extreme_scores(kernels: str) -> None:
