@@ -77,7 +77,7 @@ def cache_salt(adapter: str = "", *, owner: str | None = None) -> bytes:
     """Return the salt of a sequence: sequences share prefixes only if their salts are equal.
 
     It covers the adapter's name and the owner of the request: requests of other owners must not
-    find its prompts in the cache. It is empty without both. Hashes cover the media.
+    find its prompts in the cache. It is empty without both. Hashes of blocks cover media.
     """
     content = root_hash(adapter.encode()) if adapter else b""
     if owner is None:

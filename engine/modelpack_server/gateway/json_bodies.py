@@ -42,13 +42,13 @@ INLINE = 32 * 1024
 _SCOPE_KEY = "modelpack.json"
 _QUICK = 1024 * 1024  # bytes that json.loads parses in less than 5 ms
 _QUICK_VALUES = MAX_ITEMS  # values that it parses in less than 5 ms
-_FEW_VALUES = 256  # values that json.loads parses in less than 2 ms, in as many bytes
+_FEW_VALUES = 256  # values that it parses in less than 2 ms, in as many bytes
 _FEW_PIECES = 16  # of a body, whose values are counted in less than 2 ms
 _DIGITS = 4300  # Python's own limit for integers
 
 _SPACE = rb"[ \t\n\r]*+"
 _SPACES = re.compile(rb"[ \t\n\r]{0,65536}+")
-# Not possessive repeats of groups: until 3.11.4, Python's matched parts of the next one, too.
+# Groups are not repeated possessively: up to Python 3.11.4, what a failed repeat matched is kept.
 _NUMBER = rb"-?(?:0|[1-9][0-9]{0,%d}+)(?>(?:\.[0-9]{1,%d}+)?)(?>(?:[eE][-+]?[0-9]{1,9}+)?)" % (
     _DIGITS - 1, _DIGITS,
 )  # fmt: skip

@@ -19,7 +19,7 @@ _LONGEST = 64  # bytes kept of a key or value
 _MARK = re.compile(rb'["{}\[\],:]')
 _BRACKET = re.compile(rb'["{}\[\]]')  # the marks that matter in a skipped container
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-# Until 3.11.4, Python's possessive repeats of alternatives matched parts of the next one, too.
+# Not repeated possessively: up to Python 3.11.4, what a failed repeat matched is kept.
 _WHOLE_STRINGS = re.compile(rb'(?>(?:[^"]++|' + _STRING.pattern + rb")*)", re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _DEPTHS = {byte: 1 if byte in b"{[" else -1 for byte in b"{}[]"}
