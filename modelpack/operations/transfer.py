@@ -22,6 +22,9 @@ from modelpack.progress import Action, Progress, Stop
 from modelpack.storage import Outcome, PlacedTarget, ReferrerSource, Source, Target, Watch
 
 T = TypeVar("T")
+# Seconds after which a wait looks for Ctrl-C: a signal that another thread receives, or that comes
+# just before the wait, does not end it.
+_LOOK: Final = 0.25
 
 
 def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[T]:
@@ -33,19 +36,20 @@ def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[
     if len(tasks) <= 1 or workers <= 1:
         return [task() for task in tasks]
     with concurrent.futures.ThreadPoolExecutor(min(workers, len(tasks)), "modelpack") as executor:
-        futures = [executor.submit(task) for task in tasks]
         try:
-            done, _ = concurrent.futures.wait(
-                futures, return_when=concurrent.futures.FIRST_EXCEPTION
-            )
-            failed = next((f for f in futures if f in done and f.exception() is not None), None)
-            if failed is not None:
-                failed.result()
+            futures = [executor.submit(task) for task in tasks]
+            running = set(futures)
+            while running:
+                done, running = concurrent.futures.wait(
+                    running, _LOOK, return_when=concurrent.futures.FIRST_EXCEPTION
+                )
+                for future in futures:
+                    if future in done:
+                        future.result()  # raises what its task raised
             return [future.result() for future in futures]
         except BaseException:
             stop.request()
-            for future in futures:
-                future.cancel()
+            executor.shutdown(cancel_futures=True)
             raise
 
 

@@ -265,7 +265,7 @@ class SegmentFetch:
         while any(thread.is_alive() for thread in threads):
             try:
                 for thread in threads:
-                    thread.join()
+                    thread.join(_LOOK)  # a wait without a limit may miss a signal
             except KeyboardInterrupt as error:
                 self._fail(error)
         if self._failure is not None:

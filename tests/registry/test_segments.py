@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
+import sys
 import threading
 import time
+from types import FrameType
 
 import pytest
 
@@ -193,6 +196,37 @@ def test_a_stop_ends_all_within_two_seconds(registry: FaultyRegistry, client: Cl
     requested = time.monotonic()
     thread.join(10)
     assert ended[0] - requested < 2
+
+
+def joins(frame: FrameType | None) -> bool:
+    """Return whether a thread with this frame waits for another thread."""
+    while frame is not None and frame.f_code is not threading.Thread.join.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def test_an_interrupt_that_another_thread_receives_ends_all(
+    registry: FaultyRegistry, client: Client
+) -> None:
+    """The system may deliver Ctrl-C to any thread, while the main thread waits for a segment."""
+    blob = registry.put_blob(CONTENT)
+    main = threading.get_ident()
+
+    def interrupt(exchange: faults.Exchange) -> None:
+        if exchange.headers["range"].startswith(f"bytes={SEGMENTS[1][0]}-"):
+            wait_until(lambda: joins(sys._current_frames()[main]), "the main thread to wait")
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            exchange.keep_silent()
+        else:
+            exchange.send(exchange.reply())
+
+    registry.faults.add("GET", BLOBS, interrupt, times=None)
+    source = client.repository.blob(blob)
+    assert isinstance(source, SegmentedSource)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        source.fetch_segments(SEGMENTS[:2], Sink(), client.stop)
+    assert time.monotonic() - started < 20, "the registry is silent for a minute"
 
 
 @pytest.mark.scenario(16)

@@ -49,7 +49,12 @@ class Ended:
 
 def finish(process: subprocess.Popen[str]) -> Ended:
     """Wait for the process to end."""
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=120)
+    except BaseException:
+        process.kill()  # or the tests after this one report it as theirs
+        process.communicate()
+        raise
     return Ended(process.returncode, out, err)
 
 
