@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,32 +15,25 @@ from modelpack.artifacts.manifest import Manifest
 from modelpack.registry_server import RegistryServer, RequestRecord
 from modelpack.testing import registry
 from tests.models import tiny_safetensors
+from tests.scenarios.processes import wait_until
 
 
 class Records(list[RequestRecord]):
     """The finished requests of an embedded server, recorded in its thread."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._changed = threading.Condition()
-
     def add(self, record: RequestRecord) -> None:
         """Add a record; an argument for `on_request`."""
-        with self._changed:
-            self.append(record)
-            self._changed.notify_all()
+        self.append(record)
 
     def settled(self, server: RegistryServer) -> list[RequestRecord]:
-        """Return the requests so far.
+        """Return the requests so far, when no other is in progress.
 
-        A client may get its response before its request is recorded. The server records requests in
-        order, so this sends one more request and waits for its record.
+        A client may get its response before its request is recorded.
         """
-        mark = uuid.uuid4().hex
-        requests.get(f"http://{server.host}/v2/?{mark}", timeout=20)
-        with self._changed:
-            self._changed.wait_for(lambda: any(r.query == mark for r in self), timeout=20)
-            return [record for record in self if record.path != "/v2/"]
+        url = f"http://{server.host}/metrics"
+        alone = "\nmodelpack_registry_requests_in_progress 1\n"
+        wait_until(lambda: alone in requests.get(url, timeout=20).text, "other requests to end")
+        return [record for record in self if record.path not in ("/v2/", "/metrics")]
 
     def forget(self, server: RegistryServer) -> None:
         """Delete the records so far."""
