@@ -37,6 +37,8 @@ DEFAULT_MAX_WAITING = 1024
 #: The default rows of a step, which include those of prompts. On a GPU, fewer if memory is scarce.
 GPU_BATCHED_TOKENS = 2048
 CPU_BATCHED_TOKENS = 256
+#: Those of the library for CPUs, which only a prompt without others fills.
+PACKED_BATCHED_TOKENS = 512
 #: The default number of sequences of a step; a large one is a CUDA device with enough memory.
 NUM_SEQS, LARGE_GPU_NUM_SEQS = 64, 256
 
@@ -56,8 +58,10 @@ class EngineConfig:
     `max_num_seqs` limits the sequences that run at the same time (default 256 on a CUDA device with
     32 GiB or more, else 64).
 
-    `max_num_batched_tokens` limits the rows of one step (default 2048 on a GPU, 256 on a CPU), and
-    `max_prefill_chunk` those of one prompt, so that a long prompt does not delay running streams.
+    `max_num_batched_tokens` limits the rows of one step (default 2048 on a GPU, 512 with the
+    library for CPUs, else 256 on a CPU), and `max_prefill_chunk` those of one prompt, so that a
+    long prompt does not delay running streams. With the library for CPUs, a prompt without others
+    may fill a step; beside running streams, one prompt has a quarter of it, and all have half.
     `scheduling_policy` "shortest-first" admits the shortest waiting prompt first, but bounds how
     long others overtake a prompt by its length; "fcfs" is first come, first served.
 

@@ -117,6 +117,7 @@ class Engine(BaseEngine):
         small = drafting if isinstance(drafting, Draft) else None
         # Proposals of a draft model, ranks and the library for CPUs know one table of a sequence.
         self._has_window_pools = not (drafting or loaded.packed or self.is_divided)
+        self._is_packed = loaded.packed is not None
         self._step_memory = step_memory(loaded.model, self.vocab_size, max_num_seqs(self.config))
         self._sizes = self._choose_sizes(layout, loaded.context_length, small)
         self.max_model_len = self._sizes.max_model_len
@@ -367,6 +368,7 @@ class Engine(BaseEngine):
             step_memory=self._step_memory,
             span=0 if self.vision is None else self.vision.processor.largest_span,
             picture_bytes=0 if self.vision is None else self.vision.encoder.reserved_bytes,
+            packed=self._is_packed,
         )
 
     def _make_runner(self, loaded: LoadedModel, layout: ModelLayout | None) -> ModelRunner:

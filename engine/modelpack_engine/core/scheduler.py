@@ -38,6 +38,8 @@ class SchedulerConfig:
 
     A step has at most `max_num_batched_tokens` rows, padding included, and at most
     `max_prefill_chunk` tokens of one prompt (rounded up to a bucket; default: half of the rows).
+    With `whole_steps`, a prompt without others may have all of these rows instead, and one of
+    several half of them. In a step that also decodes, one has a quarter, and all have half.
 
     `overtaking` is described in `WaitingQueue`, `prefill_context` in `chunk_rows_at`.
     """
@@ -47,6 +49,7 @@ class SchedulerConfig:
     max_model_len: int
     max_prefill_chunk: int | None = None
     max_waiting: int = DEFAULT_MAX_WAITING
+    whole_steps: bool = False
     prefill_context: int | None = None
     overtaking: int = 0
     buckets: Buckets = EXACT
@@ -64,20 +67,38 @@ class SchedulerConfig:
     @property
     def chunk_rows(self) -> int:
         """The most rows that one prompt's chunk may take."""
-        chunk = self.max_prefill_chunk or max(self.max_num_batched_tokens // 2, 1)
+        most = self.max_num_batched_tokens // (1 if self.whole_steps else 2)
+        chunk = self.max_prefill_chunk or max(most, 1)
         largest = round_down(self.max_num_batched_tokens, self.buckets.chunk)
         return min(self.buckets.pad_chunk(chunk), largest)
 
-    def chunk_rows_at(self, start: int, *, alone: bool) -> int:
+    def prompt_rows(self, num_decode: int) -> int:
+        """Return the most rows of prompts in a step with `num_decode` rows that decode."""
+        rows = self.max_num_batched_tokens - self.buckets.pad_rows(num_decode)
+        if num_decode and self.whole_steps:
+            rows = min(rows, self._part(2))
+        return rows
+
+    def chunk_rows_at(self, start: int, *, alone: bool, only: bool = False) -> int:
         """Return the most rows of a chunk that starts at position `start`.
 
-        A row takes longer the more tokens it attends to. So unless the chunk is `alone` in its
-        step, `prefill_context` tokens before it halve its rows; twice as many leave a third.
+        `alone` says that no sequence decodes in the step, `only` that no other prompt waits.
+
+        A row takes longer the more tokens it attends to. So unless the chunk is `alone`,
+        `prefill_context` tokens before it halve its rows; twice as many leave a third.
         """
+        rows = self.chunk_rows
+        if self.whole_steps and not (alone and only):
+            rows = min(rows, self._part(2 if alone else 4))
         if self.prefill_context is None or alone:
-            return self.chunk_rows
-        rows = self.chunk_rows * self.prefill_context // (self.prefill_context + start)
+            return rows
+        rows = rows * self.prefill_context // (self.prefill_context + start)
         return max(round_down(rows, self.buckets.chunk), self.buckets.pad_chunk(1))
+
+    def _part(self, count: int) -> int:
+        """Return a part of a step's rows, but at least those of the smallest chunk."""
+        rows = round_down(self.max_num_batched_tokens // count, self.buckets.chunk)
+        return max(rows, self.buckets.pad_chunk(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -539,7 +560,7 @@ class Scheduler:
             return None
         decode, proposals = fit_proposals(decode, proposed, self.config, self._blocks)
         decode_rows = len(decode) + sum(1 + len(proposal.token_ids) for proposal in proposals)
-        rows = self.config.max_num_batched_tokens - self.config.buckets.pad_rows(decode_rows)
+        rows = self.config.prompt_rows(decode_rows)
         # A sequence that was just preempted must not get back the blocks that others need.
         prefill = self._schedule_prefill(rows, admit=not preempted, alone=not decode_rows)
         while not decode_rows and not prefill:
@@ -605,18 +626,20 @@ class Scheduler:
         """Return chunks of prompts for at most `rows` rows, and admit sequences if `admit`."""
         buckets, chunks = self.config.buckets, list[PrefillChunk]()
         smallest = buckets.pad_chunk(1)
+        only = sum(each.is_prefill for each in self._running) + len(self._waiting) == 1
+        largest = self.config.chunk_rows_at(0, alone=alone, only=only)
         computing: set[bytes] = set()
         long_prompts: list[Sequence] = []
 
         def take(sequence: Sequence) -> None:
             nonlocal rows
-            if chunk := self._chunk(sequence, rows, computing, alone=alone):
+            if chunk := self._chunk(sequence, rows, computing, alone=alone, only=only):
                 chunks.append(chunk)
                 rows -= buckets.rows_of(chunk.length)
 
         prompts = self._prompts(admit)
         while rows >= smallest and (sequence := next(prompts, None)):
-            if buckets.pad_chunk(sequence.num_remaining_tokens) > self._chunk_rows:
+            if buckets.pad_chunk(sequence.num_remaining_tokens) > largest:
                 long_prompts.append(sequence)
                 if len(long_prompts) > 1:
                     continue
@@ -690,20 +713,20 @@ class Scheduler:
             self._cached_tokens += num_tokens
 
     def _chunk(
-        self, sequence: Sequence, max_rows: int, computing: set[bytes], *, alone: bool
+        self, sequence: Sequence, max_rows: int, computing: set[bytes], *, alone: bool, only: bool
     ) -> PrefillChunk | None:
         """Return the chunk of a prompt in a step of `max_rows`, or None if the prompt has to wait.
 
         It waits for free blocks, for blocks that are being loaded from the offload, for a picture,
         and for another prompt of this step that computes its next block, which it can then share.
-        `alone` says that no sequence decodes in this step. `computing` has
-        the hashes of the blocks that this step computes; those of the chunk are added.
+        See `chunk_rows_at` for `alone` and `only`. `computing` has the hashes of the blocks that
+        this step computes; those of the chunk are added.
         """
         blocks, buckets, block_size = self._blocks, self.config.buckets, self._blocks.block_size
         if blocks.next_hash(sequence) in computing or blocks.awaits_blocks(sequence):
             return None
         start, remaining = sequence.num_computed_tokens, sequence.num_remaining_tokens
-        most = self.config.chunk_rows_at(start, alone=alone)
+        most = self.config.chunk_rows_at(start, alone=alone, only=only)
         length = buckets.fit_chunk(remaining, min(max_rows, most))
         if length > (room := blocks.room_for(sequence)):
             length = round_down(room, buckets.chunk)

@@ -21,6 +21,7 @@ from modelpack_engine.config import (
     GPU_BATCHED_TOKENS,
     LARGE_GPU_NUM_SEQS,
     NUM_SEQS,
+    PACKED_BATCHED_TOKENS,
     EngineConfig,
 )
 from modelpack_engine.core.batch import StepShape
@@ -104,6 +105,7 @@ class Sizes:
     max_num_batched_tokens: int
     buckets: Buckets
     max_prefill_chunk: int | None = None
+    whole_steps: bool = False
     prefill_context: int | None = None
     step_bytes: int = 0
     #: The rows of a step whose arrays fit in `step_bytes` while it is recorded, and the bytes of a
@@ -139,6 +141,7 @@ class Sizes:
             max_model_len=self.max_model_len,
             max_prefill_chunk=config.max_prefill_chunk or self.max_prefill_chunk,
             max_waiting=config.max_waiting,
+            whole_steps=self.whole_steps,
             prefill_context=self.prefill_context,
             overtaking=OVERTAKING if config.scheduling_policy == "shortest-first" else 0,
             buckets=self.buckets,
@@ -207,6 +210,7 @@ def choose_sizes(
     step_memory: StepMemory = StepMemory(),  # it is frozen
     span: int = 0,
     picture_bytes: int = 0,
+    packed: bool = False,
 ) -> Sizes:
     """Return the sizes for a model with the caches of `layout` (None: not paged).
 
@@ -215,7 +219,8 @@ def choose_sizes(
     request holds no more tokens than the window and one step. `groups` of layers with smaller
     windows have blocks of their own, unless no request is long enough to release any. On CUDA,
     steps' arrays take `step_memory`. By default, a step can compute `span` tokens of one prompt.
-    Pictures that layers attend to take `picture_bytes`.
+    Pictures that layers attend to take `picture_bytes`. With `packed`, the library for CPUs runs
+    the steps: in larger ones, its threads wait less for each other.
 
     Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold one request of
     `config.max_model_len` tokens, or a few blocks if that is not set.
@@ -233,12 +238,13 @@ def choose_sizes(
     buckets = FEW if gpu else EXACT
     if not (gpu and mx.cuda.is_available()):  # elsewhere MLX frees arrays before a step ends
         step_memory = StepMemory()
-    default = _rows_of_a_step(step_memory.per_row) if gpu else CPU_BATCHED_TOKENS
+    on_cpu = PACKED_BATCHED_TOKENS if packed else CPU_BATCHED_TOKENS
+    default = _rows_of_a_step(step_memory.per_row) if gpu else on_cpu
     num_seqs = max_num_seqs(config)
     span = buckets.pad_chunk(span)
     default = max(default, span + buckets.pad_rows(num_seqs) if span else 0)
     tokens = max(config.max_num_batched_tokens or default, 2 * num_seqs)
-    most_of_prompt = config.max_prefill_chunk or max(tokens // 2, span)
+    most_of_prompt = config.max_prefill_chunk or max(tokens if packed else tokens // 2, span)
     step_bytes = _STEPS * tokens * step_memory.per_row + step_memory.per_step
     if step_bytes:
         memory = int(device.total_memory() * _memory_share(config))
@@ -300,6 +306,7 @@ def choose_sizes(
         tokens,
         buckets,
         max_prefill_chunk=max(_GPU_CHUNK, span) if gpu else most_of_prompt,
+        whole_steps=packed,
         prefill_context=_GPU_CONTEXT if gpu else None,
         step_bytes=step_bytes,
         recorded_rows=_recorded_rows(step_bytes - weight_bytes, step_memory.per_row),

@@ -147,6 +147,23 @@ def test_arrays_of_steps_have_a_limit(
     assert found.recorded_row_bytes == int(1.2 * memory.per_row)
 
 
+@pytest.mark.parametrize(
+    ("asked", "tokens", "chunk"),
+    [((None, None), 512, 512), ((None, 100), 512, 100), ((300, None), 300, 300)],
+)
+def test_a_prompt_may_fill_a_step_of_the_library_for_cpus(
+    asked: tuple[int | None, int | None], tokens: int, chunk: int
+) -> None:
+    config = EngineConfig(
+        max_num_batched_tokens=asked[0], max_prefill_chunk=asked[1], kv_cache_bytes=GIB
+    )
+    found = kv_cache_size.choose_sizes(LAYOUT, 4096, config, packed=True)
+    limits = found.scheduler_config(config)
+    assert (limits.max_num_batched_tokens, limits.chunk_rows) == (tokens, chunk)
+    other = kv_cache_size.choose_sizes(LAYOUT, 4096, config).scheduler_config(config)
+    assert not other.whole_steps
+
+
 def test_mlx_waits_from_the_limit_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """It counts what is planned or, if more exists already, that."""
     limits: list[int] = []

@@ -25,6 +25,7 @@ def some_simulation(
         num_blocks=rng.choice([8, 10, 12, 30]),
         max_num_batched_tokens=rng.choice([8, 16, 24]),
         max_prefill_chunk=rng.choice([None, 4, 16]),
+        whole_steps=seed % 5 == 3,
         max_waiting=rng.choice([6, 1000]),
         buckets=rng.choice([EXACT, SMALL_BUCKETS, ODD_BUCKETS]),
         prefix_caching=rng.random() < 0.8,

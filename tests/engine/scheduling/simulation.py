@@ -103,6 +103,7 @@ class Simulation:
     max_num_seqs: int = 4
     max_num_batched_tokens: int = 16
     max_prefill_chunk: int | None = None
+    whole_steps: bool = False
     max_model_len: int = 1000
     max_waiting: int = 1000
     buckets: Buckets = EXACT
@@ -152,6 +153,7 @@ class Simulation:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             max_prefill_chunk=self.max_prefill_chunk,
+            whole_steps=self.whole_steps,
             max_waiting=self.max_waiting,
             overtaking=self.overtaking,
             buckets=self.buckets,
@@ -414,6 +416,11 @@ class Simulation:
 
     def _check_batch(self, output: SchedulerOutput, batch: StepBatch) -> None:
         chunk_rows = self.scheduler.config.chunk_rows
+        if self.whole_steps and (output.decode or len(output.prefill) > 1):
+            least, half = self.buckets.pad_chunk(1), self.max_num_batched_tokens // 2
+            rows = sum(chunk.padded_length for chunk in batch.chunks)
+            assert not output.decode or rows <= max(half, least)
+            chunk_rows = min(chunk_rows, max(half // (2 if output.decode else 1), least))
         assert batch.num_rows <= self.max_num_batched_tokens
         members = [*output.decode, *(chunk.sequence for chunk in output.prefill)]
         assert len(set(members)) == len(members)

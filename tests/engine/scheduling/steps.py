@@ -15,6 +15,7 @@ def scheduler(
     max_model_len: int = 200,
     max_waiting: int = 10,
     max_prefill_chunk: int | None = None,
+    whole_steps: bool = False,
     overtaking: int = 0,
     buckets: Buckets = Buckets(),  # noqa: B008 (a frozen value)
 ) -> Scheduler:
@@ -23,6 +24,7 @@ def scheduler(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
         max_prefill_chunk=max_prefill_chunk,
+        whole_steps=whole_steps,
         max_waiting=max_waiting,
         overtaking=overtaking,
         buckets=buckets,

@@ -150,7 +150,7 @@ def test_chunk_rows(chunk: int | None, tokens: int, sizes: tuple[int, ...], rows
         (4096, 10**6, False, 16),
     ],
 )
-def test_chunks_shrink_beside_others(
+def test_chunks_shrink_beside_sequences_that_decode(
     context: int | None, start: int, alone: bool, rows: int
 ) -> None:
     config = SchedulerConfig(
@@ -158,3 +158,28 @@ def test_chunks_shrink_beside_others(
         buckets=Buckets(chunk=(16, 32, 64, 128)),
     )  # fmt: skip
     assert config.chunk_rows_at(start, alone=alone) == rows
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "sizes", "rows"),
+    [
+        (512, None, (1,), (512, 256, 128, 256)),
+        (512, 200, (1,), (200, 200, 128, 256)),
+        (96, None, (16, 32), (96, 32, 16, 32)),
+        (3, None, (1,), (3, 1, 1, 1)),
+    ],
+)
+def test_whole_steps(
+    tokens: int, chunk: int | None, sizes: tuple[int, ...], rows: tuple[int, int, int, int]
+) -> None:
+    """The rows of a prompt without others, of one of several, beside decoding, and of all then."""
+    config = SchedulerConfig(
+        1, tokens, 10**7, max_prefill_chunk=chunk, whole_steps=True, buckets=Buckets(chunk=sizes)
+    )
+    assert config.chunk_rows == config.chunk_rows_at(0, alone=True, only=True)
+    assert rows == (
+        config.chunk_rows,
+        config.chunk_rows_at(9, alone=True),
+        config.chunk_rows_at(9, alone=False, only=True),
+        config.prompt_rows(1),
+    )

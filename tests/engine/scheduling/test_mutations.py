@@ -20,7 +20,7 @@ from modelpack_engine.core import batch
 from modelpack_engine.core.block_manager import BlockManager
 from modelpack_engine.core.block_pool import BlockPool
 from modelpack_engine.core.buckets import Buckets
-from modelpack_engine.core.scheduler import Scheduler, WaitingQueue
+from modelpack_engine.core.scheduler import Scheduler, SchedulerConfig, WaitingQueue
 from modelpack_engine.core.sequence import Sequence
 from tests.engine.scheduling import test_ends, test_order, test_sharing
 from tests.engine.scheduling.driving import drive
@@ -63,7 +63,10 @@ MUTATIONS: list[tuple[Callable[..., Any], str, str]] = [
     (Sequence.token_ids, "if stop <= cut", "if start < cut"),
     # The scheduler breaks a limit, an order or a promise.
     (Scheduler.schedule, "self.take_released()", "()"),
-    (Scheduler.schedule, "- self.config.buckets.pad_rows(decode_rows)", ""),
+    (SchedulerConfig.prompt_rows, "- self.buckets.pad_rows(num_decode)", ""),
+    (SchedulerConfig.prompt_rows, "self._part(2)", "rows"),
+    (SchedulerConfig.chunk_rows_at, "2 if alone else 4", "1"),
+    (SchedulerConfig.chunk_rows_at, "(alone and only)", "alone"),
     (Scheduler.schedule, "admit=not preempted", "admit=True"),
     (Scheduler._schedule_decode, "if self._num_inflight:", "if False:"),
     (Scheduler._schedule_decode, "or sequence.is_full", ""),

@@ -122,6 +122,19 @@ def test_a_short_prompt_is_not_held_up_by_long_ones(num_long: int) -> None:
     assert output.num_tokens <= 64
 
 
+def test_a_prompt_without_others_fills_a_step() -> None:
+    sched = scheduler(num_blocks=1000, max_model_len=9000, whole_steps=True)
+    sched.add(sequence(prompt(140), 1, request_id="long"))
+    assert chunks(run(sched)) == [("long", 0, 64)]
+    sched.add(sequence(prompt(10, 2), 9, request_id="short"))
+    assert chunks(run(sched)) == [("long", 64, 32), ("short", 0, 10)]
+    assert chunks(run(sched)) == [("long", 96, 16)], "beside one that decodes"
+    assert chunks(run(sched)) == [("long", 112, 16)]
+    sched.add(sequence(prompt(100, 3), 1, request_id="other"))
+    sched.add(sequence(prompt(100, 4), 1, request_id="another"))
+    assert chunks(run(sched)) == [("long", 128, 12), ("other", 0, 16), ("another", 0, 4)]
+
+
 def test_long_prompts_share_what_nobody_else_needs() -> None:
     sched = scheduler(num_blocks=1000, max_model_len=9000)
     for index in range(3):

@@ -28,6 +28,7 @@ class Traffic(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         max_num_batched_tokens=st.integers(8, 20),
         max_prefill_chunk=st.sampled_from([None, 1, 5, 64]),
+        whole_steps=st.booleans(),
         max_waiting=st.sampled_from([3, 100]),
         buckets=st.sampled_from([EXACT, SMALL_BUCKETS, ODD_BUCKETS]),
         prefix_caching=st.sampled_from([True, True, False]),
