@@ -92,13 +92,15 @@ INLINE void store_i8(void* to, i32s v) {
 
 INLINE f32s load_bfloat16(const void* from) { return (f32s)(widened(from) << 16); }
 
-// acc + the four products of unsigned bytes of w and signed bytes of x in each lane.
-INLINE i32s dot(i32s acc, u8s w, int32_t x) {
+// acc + the four products of unsigned bytes of w, all below 128 if they are `SMALL`, and signed bytes of x
+// in each lane.
+template <bool SMALL> INLINE i32s dot(i32s acc, u8s w, int32_t x) {
 #if defined(__AVX512VNNI__)
     return (i32s)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
 #elif defined(__AVX2__)
-    // Two sums, since that of bytes above 127 could overflow 16 bits.
     const __m256i v = (__m256i)w, b = _mm256_set1_epi32(x), ones = _mm256_set1_epi16(1);
+    if constexpr (SMALL) return acc + (i32s)_mm256_madd_epi16(_mm256_maddubs_epi16(v, b), ones);
+    // Two sums, since that of bytes above 127 could overflow 16 bits.
     const __m256i small = _mm256_maddubs_epi16(_mm256_and_si256(v, _mm256_set1_epi8(127)), b);
     const __m256i top = _mm256_and_si256(_mm256_srli_epi16(v, 7), _mm256_set1_epi8(1));
     const __m256i large = _mm256_madd_epi16(_mm256_maddubs_epi16(top, b), ones);
@@ -214,7 +216,7 @@ INLINE void multiply_codes(const uint8_t* const (&tiles)[NT], const uint8_t* con
                     for (int n = 0; n < NT; n++) w[n] = is_unpacked ? load<u8s>(unpacked[n] + (size_t)g * 512 + 64 * i) : c[n][i];
                     for (int m = 0; m < MR; m++) {
                         const int32_t b = four(codes + ((size_t)m * x.columns + g * kGroup) * 2 + fine * kGroup + 4 * i);
-                        for (int n = 0; n < NT; n++) products[m][n] = dot(products[m][n], w[n], b);
+                        for (int n = 0; n < NT; n++) products[m][n] = dot<W::bytes < Int8::bytes>(products[m][n], w[n], b);
                     }
                 }
                 if (!fine)
