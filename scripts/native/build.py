@@ -42,7 +42,11 @@ KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "avx2": _AVX2,
         "portable": (),
     },
-    "aarch64": {"portable": ()},
+    "aarch64": {
+        "neon_bf16": ("-march=armv8.2-a+dotprod+i8mm+bf16",),
+        "neon_dot": ("-march=armv8.2-a+dotprod",),
+        "portable": (),
+    },
 }
 _BASELINE = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",)}
 _LINK = ("-shared", "-s", "-pthread", "-Wl,--version-script=exports.map", "-Wl,--build-id=none")

@@ -38,6 +38,8 @@ INSTRUCTION_SETS = {
     "avx512": "avx512_vnni",
     "avx512_bf16": "avx512_bf16",
     "amx": "amx_bf16",
+    "neon_dot": "asimddp",
+    "neon_bf16": "bf16",
 }
 
 

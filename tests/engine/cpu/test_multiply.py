@@ -44,7 +44,7 @@ def product(source: Source, weights: Array, x: Numbers, kernels: str, rounded: b
     if rounded and source not in DENSE:  # 8 bits for each 32
         groups = (size + x.error).reshape(len(size), -1, 32)
         changed += (0.5 + 128 * EPS) * groups.max(axis=-1).repeat(32, axis=1) / 127
-    elif rounded and source is Source.BF16 and kernels in ("avx512_bf16", "amx"):
+    elif rounded and source is Source.BF16 and kernels in ("avx512_bf16", "amx", "neon_bf16"):
         changed += 2.0**-8 * size + 2.0**-126
     terms = x.values.shape[1] if source in DENSE else x.values.shape[1] // 32
     error = changed @ np.abs(weights).T

@@ -149,6 +149,8 @@ FLAGS = {
     "avx512_bf16": "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mprefer-vector-width=512",
     "amx": "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16"
     " -mprefer-vector-width=512",
+    "neon_dot": "-march=armv8.2-a+dotprod",
+    "neon_bf16": "-march=armv8.2-a+dotprod+i8mm+bf16",
 }
 
 

@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace modelpack {
@@ -29,6 +31,8 @@ constexpr int kParts = kTile / kLanes;  // vectors of a tile
 constexpr int kRows = 8, kCodeRows = 4, kVectors = 2, kVectorsOfOneRow = 4;
 #elif defined(__AVX2__)
 constexpr int kRows = 4, kCodeRows = 4, kVectors = 2, kVectorsOfOneRow = 2;
+#elif defined(__aarch64__)
+constexpr int kRows = 8, kCodeRows = 4, kVectors = 2, kVectorsOfOneRow = 4;
 #else
 constexpr int kRows = 2, kCodeRows = 2, kVectors = 2, kVectorsOfOneRow = 2;
 #endif
@@ -56,6 +60,8 @@ INLINE f32s load_half(const void* from) {
     return (f32s)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 #elif defined(__F16C__)
     return (f32s)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__aarch64__)
+    return (f32s)vcvt_f32_f16(load<float16x4_t>(from));
 #else
     // The exponent of a half is 112 less than that of a float, also without a leading one.
     const u32s v = __builtin_convertvector(load<u16s>(from), u32s), bits = (v & 0x7fff) << 13;
@@ -106,6 +112,14 @@ template <bool SMALL> INLINE i32s dot(i32s acc, u8s w, int32_t x) {
     const __m256i large = _mm256_madd_epi16(_mm256_maddubs_epi16(top, b), ones);
     acc += (i32s)_mm256_madd_epi16(small, ones);
     return acc + ((i32s)large << 7);
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (i32s)vusdotq_s32((int32x4_t)acc, (uint8x16_t)w, vreinterpretq_s8_s32(vdupq_n_s32(x)));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(x));
+    if constexpr (SMALL) return (i32s)vdotq_s32((int32x4_t)acc, (int8x16_t)w, b);
+    // Of bytes less 128, which are signed, and of 128.
+    const i32s sum = (i32s)vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), b);
+    return (i32s)vdotq_s32((int32x4_t)acc, (int8x16_t)(w ^ 128), b) + (sum << 7);
 #else
     // Products of bytes fit into 16 bits: those of even bytes, then those of odd ones.
     typedef int16_t i16s __attribute__((vector_size(4 * kLanes)));
@@ -115,6 +129,17 @@ template <bool SMALL> INLINE i32s dot(i32s acc, u8s w, int32_t x) {
     return acc + (even << 16 >> 16) + (even >> 16) + (odd << 16 >> 16) + (odd >> 16);
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// acc + the two products of halves of x and y in each lane; y is the same for all.
+INLINE f32s dot_pairs(f32s acc, u32s x, uint32_t y) {
+    return (f32s)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)_mm512_set1_epi32(y));
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+INLINE f32s dot_pairs(f32s acc, u32s x, uint32_t y) {
+    return (f32s)vbfdotq_f32((float32x4_t)acc, (bfloat16x8_t)x, vreinterpretq_bf16_u32(vdupq_n_u32(y)));
+}
+#endif
 
 INLINE int32_t four(const int8_t* from) { return load<int32_t>(from); }
 
@@ -252,7 +277,7 @@ INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], [[maybe_unused]] N
     for (int m = 0; m < MR; m++)
         for (int n = 0; n < NT; n++) sum[m][n] = f32s{};
     const int steps = x.columns / W::step;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     if constexpr (W::step == 2) {
         const uint16_t* in = x.halves + (size_t)row * x.columns;
         for (int k = 0; k < steps; k++) {
@@ -260,9 +285,8 @@ INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], [[maybe_unused]] N
             for (int n = 0; n < NT; n++) w[n] = load<u32s>(tiles[n] + (size_t)k * 64);
             if (MR > 1) next.bring<NT / kParts>((size_t)k * 64, 64);
             for (int m = 0; m < MR; m++) {
-                const __m512i b = _mm512_set1_epi32(load<int32_t>(in + (size_t)m * x.columns + 2 * k));
-                for (int n = 0; n < NT; n++)
-                    sum[m][n] = (f32s)_mm512_dpbf16_ps((__m512)sum[m][n], (__m512bh)w[n], (__m512bh)b);
+                const uint32_t pair = load<uint32_t>(in + (size_t)m * x.columns + 2 * k);
+                for (int n = 0; n < NT; n++) sum[m][n] = dot_pairs(sum[m][n], w[n], pair);
             }
         }
     } else
@@ -624,10 +648,6 @@ void add_pairs(const Attention& a, int start, int base, int end, int all_from, i
                const uint32_t (*scores)[Q]);
 
 #if defined(__AVX512BF16__)
-INLINE f32s dot_pairs(f32s acc, __m512i x, uint32_t y) {
-    return (f32s)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)_mm512_set1_epi32(y));
-}
-
 // Which numbers become pairs: those from `first` on with those from `second` on.
 INLINE __m512i pairs_of(int first, int second) {
     alignas(64) uint16_t from[2 * kLanes];
@@ -646,7 +666,7 @@ template <int Q> INLINE void score_pairs(const uint8_t* keys, const uint32_t (*q
     for (int d = 0; d < dim / 2; d++) {
         const __m512i both = _mm512_loadu_si512(keys + (size_t)d * 4 * kLanes);
         const __m512i k = _mm512_permutexvar_epi16(pairs_of(0, kLanes), both);
-        for (int q = 0; q < Q; q++) s[q] = dot_pairs(s[q], k, queries[d][q]);
+        for (int q = 0; q < Q; q++) s[q] = dot_pairs(s[q], (u32s)k, queries[d][q]);
     }
 }
 
@@ -664,7 +684,7 @@ __attribute__((noinline)) void add_seen_pairs(const Attention& a, int start, int
             const __mmask32 seen = (at >= first && at < stop ? 0x55555555u : 0) |
                                    (at + 1 >= first && at + 1 < stop ? 0xaaaaaaaau : 0);
             for (int h = 0; h < 2; h++)
-                sum[q][h] = dot_pairs(sum[q][h], _mm512_maskz_mov_epi16(seen, v[h]), scores[t / 2][q]);
+                sum[q][h] = dot_pairs(sum[q][h], (u32s)_mm512_maskz_mov_epi16(seen, v[h]), scores[t / 2][q]);
         }
     }
 }
@@ -687,8 +707,8 @@ INLINE void add_pairs(const Attention& a, int start, int base, int end, int all_
                     __m512i v[2];
                     load_pairs(values + (size_t)t * a.dim * 2, a.dim, v);
                     for (int q = 0; q < Q; q++) {
-                        sum[q][0] = dot_pairs(sum[q][0], v[0], by[t / 2][q]);
-                        sum[q][1] = dot_pairs(sum[q][1], v[1], by[t / 2][q]);
+                        sum[q][0] = dot_pairs(sum[q][0], (u32s)v[0], by[t / 2][q]);
+                        sum[q][1] = dot_pairs(sum[q][1], (u32s)v[1], by[t / 2][q]);
                     }
                 }
             } else {
@@ -849,7 +869,7 @@ void attend(const Attention& a) {
 const Kernels* NAME(MODELPACK_ISA)() {
     static const Kernels kernels = {
         TEXT(MODELPACK_ISA),
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
         true,
 #else
         false,

@@ -107,5 +107,7 @@ const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_amx();
+const Kernels* kernels_neon_dot();
+const Kernels* kernels_neon_bf16();
 
 }  // namespace modelpack

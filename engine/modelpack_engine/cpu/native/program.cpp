@@ -20,6 +20,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 using namespace modelpack;
@@ -102,6 +104,12 @@ std::vector<const Kernels*> usable_kernels() {
             found.push_back(kernels_avx512_bf16());
             if (may_use_amx()) found.push_back(kernels_amx());
         }
+    }
+#elif defined(__aarch64__)
+    constexpr unsigned long dot_products = 1ul << 20, int8 = 1ul << 13, bf16 = 1ul << 14;  // Linux's asm/hwcap.h
+    if (getauxval(AT_HWCAP) & dot_products) {
+        found.push_back(kernels_neon_dot());
+        if ((getauxval(AT_HWCAP2) & (int8 | bf16)) == (int8 | bf16)) found.push_back(kernels_neon_bf16());
     }
 #endif
     return found;
