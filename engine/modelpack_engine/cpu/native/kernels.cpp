@@ -25,6 +25,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 constexpr int kParts = kTile / kLanes;  // vectors of a tile
+constexpr int kFewRows = 12, kAhead = 8192;
 
 // The largest blocks: rows and vectors whose sums fit into the registers.
 #if defined(__AVX512F__)
@@ -270,7 +271,8 @@ struct BF16 {
     static constexpr int step = 2, bytes = 64;
 };
 
-template <class W, int MR, int NT>
+// What is read `kAhead` bytes later is brought to the cache, if `AHEAD`, or else what is `next`.
+template <class W, int MR, int NT, bool AHEAD = false>
 INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], [[maybe_unused]] Next next,
                            const Rows& x, int row, float* out, int stride) {
     f32s sum[MR][NT];
@@ -283,7 +285,8 @@ INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], [[maybe_unused]] N
         for (int k = 0; k < steps; k++) {
             u32s w[NT];
             for (int n = 0; n < NT; n++) w[n] = load<u32s>(tiles[n] + (size_t)k * 64);
-            if (MR > 1) next.bring<NT / kParts>((size_t)k * 64, 64);
+            if (AHEAD) __builtin_prefetch(tiles[0] + (size_t)k * 64 + kAhead);
+            else if (MR > 1) next.bring<NT / kParts>((size_t)k * 64, 64);
             for (int m = 0; m < MR; m++) {
                 const uint32_t pair = load<uint32_t>(in + (size_t)m * x.columns + 2 * k);
                 for (int n = 0; n < NT; n++) sum[m][n] = dot_pairs(sum[m][n], w[n], pair);
@@ -323,6 +326,19 @@ INLINE void multiply_block(const uint8_t* const (&tiles)[NT], const uint8_t* con
     else
         multiply_dense<W, MR, NT>(tiles, next, x, row, out, stride);
 }
+
+#if defined(__AVX512BF16__)
+// Few rows are multiplied as fast as memory is read: by one tile after the other, all rows at once.
+template <class W, int MR = kFewRows>
+INLINE void multiply_few(const Matrix& matrix, int tile, int tiles, const Rows& x, int row, int rows, float* out) {
+    if constexpr (MR > 1)
+        if (rows < MR) return multiply_few<W, MR - 1>(matrix, tile, tiles, x, row, rows, out);
+    for (int n = 0; n < tiles; n++) {
+        const uint8_t* const from[1] = {matrix.data + (tile + n) * matrix.tile_bytes};
+        multiply_dense<W, MR, 1, true>(from, Next{}, x, row, out + n * kTile, tiles * kTile);
+    }
+}
+#endif
 
 // All rows by NT vectors of tiles from `first` on, in blocks of up to MR rows.
 template <class W, int MR, int NT>
@@ -420,6 +436,10 @@ void multiply_kind(const Matrix& matrix, int tile, int tiles, const Rows& x, int
     const int stride = tiles * kTile, first = tile * kParts, vectors = tiles * kParts;
 #if defined(__AMX_BF16__)
     if constexpr (std::is_same_v<W, BF16>) return multiply_by_tiles(matrix, tile, tiles, x, row, rows, out);
+#endif
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<W, BF16>)
+        if (rows > 1 && rows <= kFewRows) return multiply_few<W>(matrix, tile, tiles, x, row, rows, out);
 #endif
     int n = 0;
     // What is read after `count` vectors from `n` on: as many of these tiles, or what follows them.
