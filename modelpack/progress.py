@@ -1,4 +1,4 @@
-"""Progress reports of long calls, `Stop`, which cancels them, and `SpeedMeter`."""
+"""Progress reports of long calls, `Stop`, which cancels them, `RunningTasks` and `SpeedMeter`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from modelpack.artifacts.digest import Digest
 from modelpack.errors import InterruptedTransferError
@@ -89,6 +90,44 @@ class Stop:
         """Wait; raise `InterruptedTransferError` as soon as a stop is requested."""
         self._event.wait(seconds)
         self.check()
+
+
+#: Seconds after which a wait of the main thread looks for Ctrl-C: a signal that another thread
+#: receives, or that comes just before the wait, does not end it.
+SIGNAL_SECONDS: Final = 0.25
+
+
+class RunningTasks:
+    """Counts the tasks that other threads run; one thread may wait for their end.
+
+    Ctrl-C may interrupt the wait, after which it may be repeated. With `Thread.join` it may not: on
+    Python 3.11, an interrupted one marks its thread as ended. And an executor does not know a
+    thread whose start was interrupted.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._closed = False
+
+    def begin(self) -> bool:
+        """Count a task; return False if it must not begin, because `wait` was called."""
+        with self._changed:
+            self._count += not self._closed
+            return not self._closed
+
+    def end(self) -> None:
+        """Stop counting a task."""
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Let no other task begin, and return when all have ended."""
+        with self._changed:
+            self._closed = True
+            while self._count:
+                self._changed.wait(SIGNAL_SECONDS)
 
 
 class SpeedMeter:

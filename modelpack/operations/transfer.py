@@ -17,14 +17,11 @@ from typing import Final, TypeVar
 from modelpack.artifacts.descriptor import Descriptor
 from modelpack.artifacts.digest import Digest
 from modelpack.artifacts.manifest import Index, parse_manifest_or_index
-from modelpack.errors import UnsupportedError
-from modelpack.progress import Action, Progress, Stop
+from modelpack.errors import InterruptedTransferError, UnsupportedError
+from modelpack.progress import SIGNAL_SECONDS, Action, Progress, RunningTasks, Stop
 from modelpack.storage import Outcome, PlacedTarget, ReferrerSource, Source, Target, Watch
 
 T = TypeVar("T")
-# Seconds after which a wait looks for Ctrl-C: a signal that another thread receives, or that comes
-# just before the wait, does not end it.
-_LOOK: Final = 0.25
 
 
 def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[T]:
@@ -35,13 +32,23 @@ def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[
     """
     if len(tasks) <= 1 or workers <= 1:
         return [task() for task in tasks]
+    begun = RunningTasks()
+
+    def run(task: Callable[[], T]) -> T:
+        if not begun.begin():
+            raise InterruptedTransferError("stopped on request")
+        try:
+            return task()
+        finally:
+            begun.end()
+
     with concurrent.futures.ThreadPoolExecutor(min(workers, len(tasks)), "modelpack") as executor:
         try:
-            futures = [executor.submit(task) for task in tasks]
+            futures = [executor.submit(run, task) for task in tasks]
             running = set(futures)
             while running:
                 done, running = concurrent.futures.wait(
-                    running, _LOOK, return_when=concurrent.futures.FIRST_EXCEPTION
+                    running, SIGNAL_SECONDS, return_when=concurrent.futures.FIRST_EXCEPTION
                 )
                 for future in futures:
                     if future in done:
@@ -49,7 +56,8 @@ def run_all(tasks: Sequence[Callable[[], T]], workers: int, stop: Stop) -> list[
             return [future.result() for future in futures]
         except BaseException:
             stop.request()
-            executor.shutdown(cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
+            begun.wait()
             raise
 
 

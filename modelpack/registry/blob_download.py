@@ -27,7 +27,7 @@ from modelpack.errors import (
     SizeMismatchError,
     UnsupportedError,
 )
-from modelpack.progress import Stop
+from modelpack.progress import RunningTasks, Stop
 from modelpack.registry.endpoint import BlobLocation
 from modelpack.registry.http_client import stated_number
 from modelpack.registry.limits import FailedTry, Speed, either
@@ -240,6 +240,7 @@ class SegmentFetch:
         self._failed = Stop()  # asks all threads to end once one of them has failed
         self._stop = either(stop, self._failed)
         self._failure: BaseException | None = None
+        self._helping = RunningTasks()
         self._lock = threading.Lock()
 
     def run(self, connections: int) -> None:
@@ -248,24 +249,24 @@ class SegmentFetch:
         The others start after the first range response, so that a registry without ranges does not
         get several requests for the whole blob.
         """
-        threads: list[threading.Thread] = []
+        others: list[threading.Thread] = []
 
         def start_others() -> None:
             count = min(connections - 1, len(self._left))
-            for number in range(count if not threads else 0):
+            for number in range(count if not others else 0):
                 name = f"modelpack-segment-{number}"
-                threads.append(threading.Thread(target=self._help, name=name))
-                threads[-1].start()
+                others.append(threading.Thread(target=self._help, name=name))
+                others[-1].start()
 
         try:
             while (segment := self._next()) is not None:
                 self._fetch(segment, start_others)
         except BaseException as error:  # noqa: BLE001 - raised below
             self._fail(error)
-        while any(thread.is_alive() for thread in threads):
+        while True:
             try:
-                for thread in threads:
-                    thread.join(_LOOK)  # a wait without a limit may miss a signal
+                self._helping.wait()
+                break
             except KeyboardInterrupt as error:
                 self._fail(error)
         if self._failure is not None:
@@ -274,6 +275,8 @@ class SegmentFetch:
     def _help(self) -> None:
         """Fetch segments until none are left, each when one of the shared connections is free."""
         lanes = self._location.client.segment_slots
+        if not self._helping.begin():
+            return
         try:
             while self._left and not self._failed.is_requested():
                 if not lanes.acquire(timeout=_LOOK):
@@ -286,6 +289,8 @@ class SegmentFetch:
                     lanes.release()
         except BaseException as error:  # noqa: BLE001 - raised by `run`
             self._fail(error)
+        finally:
+            self._helping.end()
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import pytest
 
 from modelpack.errors import InterruptedTransferError, ModelpackError
 from modelpack.operations.transfer import run_all
-from modelpack.progress import Stop
+from modelpack.progress import RunningTasks, Stop
 
 
 class Waiter:
@@ -28,6 +27,7 @@ class Waiter:
         try:
             self._stop.wait(20)
         except InterruptedTransferError:
+            time.sleep(0.2)  # it takes a while to stop
             self.stopped = True
             raise
 
@@ -64,20 +64,27 @@ def test_an_interrupt_that_another_thread_receives_stops_the_tasks() -> None:
     assert waiter.stopped
 
 
-def test_an_interrupt_while_tasks_are_started_stops_those_that_run(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_interrupt_while_a_thread_starts_stops_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor does not know such a thread."""
     stop = Stop()
     waiter = Waiter(stop)
-    submit = ThreadPoolExecutor.submit
+    start = threading.Thread.start
 
-    def interrupted(executor: ThreadPoolExecutor, task: Callable[..., Any]) -> Future[Any]:
-        if task is waiter:
-            return submit(executor, task)
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
         assert waiter.began.wait(20)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_all([waiter, lambda: None], 2, stop)
     assert waiter.stopped
+
+
+def test_no_task_begins_after_the_wait() -> None:
+    tasks = RunningTasks()
+    assert tasks.begin()
+    tasks.end()
+    tasks.wait()
+    assert not tasks.begin()
+    tasks.wait()

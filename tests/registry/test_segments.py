@@ -17,7 +17,7 @@ from modelpack.errors import (
     RemoteUnavailableError,
     SizeMismatchError,
 )
-from modelpack.progress import Stop
+from modelpack.progress import RunningTasks, Stop
 from modelpack.registry import BlobOptions, Credential, RateLimit, StaticCredentials
 from modelpack.registry.blob_download import RemoteBlob
 from modelpack.storage import SegmentedSource, SegmentsRefused
@@ -198,9 +198,9 @@ def test_a_stop_ends_all_within_two_seconds(registry: FaultyRegistry, client: Cl
     assert ended[0] - requested < 2
 
 
-def joins(frame: FrameType | None) -> bool:
-    """Return whether a thread with this frame waits for another thread."""
-    while frame is not None and frame.f_code is not threading.Thread.join.__code__:
+def waits(frame: FrameType | None) -> bool:
+    """Return whether the thread of this frame waits for the others of a download."""
+    while frame is not None and frame.f_code is not RunningTasks.wait.__code__:
         frame = frame.f_back
     return frame is not None
 
@@ -210,15 +210,20 @@ def test_an_interrupt_that_another_thread_receives_ends_all(
 ) -> None:
     """The system may deliver Ctrl-C to any thread, while the main thread waits for a segment."""
     blob = registry.put_blob(CONTENT)
-    main = threading.get_ident()
+    main, asked = threading.get_ident(), threading.Event()
 
     def interrupt(exchange: faults.Exchange) -> None:
-        if exchange.headers["range"].startswith(f"bytes={SEGMENTS[1][0]}-"):
-            wait_until(lambda: joins(sys._current_frames()[main]), "the main thread to wait")
+        reply = exchange.reply()
+        exchange.send_head(reply.status, {**reply.headers, "Content-Length": str(len(reply.body))})
+        exchange.write(b"")
+        if exchange.headers["range"].startswith(f"bytes={SEGMENTS[0][0]}-"):
+            assert asked.wait(20), "a second thread asks for the second segment"
+            exchange.write(reply.body)
+        else:
+            asked.set()
+            wait_until(lambda: waits(sys._current_frames()[main]), "the main thread to wait")
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             exchange.keep_silent()
-        else:
-            exchange.send(exchange.reply())
 
     registry.faults.add("GET", BLOBS, interrupt, times=None)
     source = client.repository.blob(blob)
@@ -226,6 +231,8 @@ def test_an_interrupt_that_another_thread_receives_ends_all(
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         source.fetch_segments(SEGMENTS[:2], Sink(), client.stop)
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith("modelpack-segment")]
     assert time.monotonic() - started < 20, "the registry is silent for a minute"
 
 
