@@ -37,7 +37,7 @@ DEFAULT_MAX_WAITING = 1024
 #: The default rows of a step, which include those of prompts. On a GPU, fewer if memory is scarce.
 GPU_BATCHED_TOKENS = 2048
 CPU_BATCHED_TOKENS = 256
-#: Those of the library for CPUs, which only a prompt without others fills.
+#: Those of the library for CPUs; `SchedulerConfig.whole_steps` says what prompts have of them.
 PACKED_BATCHED_TOKENS = 512
 #: The default number of sequences of a step; a large one is a CUDA device with enough memory.
 NUM_SEQS, LARGE_GPU_NUM_SEQS = 64, 256
@@ -60,8 +60,9 @@ class EngineConfig:
 
     `max_num_batched_tokens` limits the rows of one step (default 2048 on a GPU, 512 with the
     library for CPUs, else 256 on a CPU), and `max_prefill_chunk` those of one prompt, so that a
-    long prompt does not delay running streams. With the library for CPUs, a prompt without others
-    may fill a step; beside running streams, one prompt has a quarter of it, and all have half.
+    long prompt does not delay running streams. With the library for CPUs, a single prompt may fill
+    a step, and one of several half of it. While other sequences decode, one prompt has at most a
+    quarter of a step, and all prompts at most half.
     `scheduling_policy` "shortest-first" admits the shortest waiting prompt first, but bounds how
     long others overtake a prompt by its length; "fcfs" is first come, first served.
 

@@ -26,7 +26,7 @@ class Records(list[RequestRecord]):
         self.append(record)
 
     def settled(self, server: RegistryServer) -> list[RequestRecord]:
-        """Return the requests so far, when no other is in progress.
+        """Wait until no other request is in progress, and return the requests so far.
 
         A client may get its response before its request is recorded.
         """

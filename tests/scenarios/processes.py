@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> Ended:
     try:
         out, err = process.communicate(timeout=120)
     except BaseException:
-        process.kill()  # or the tests after this one report it as theirs
+        process.kill()  # otherwise, later tests report it as theirs
         process.communicate()
         raise
     return Ended(process.returncode, out, err)

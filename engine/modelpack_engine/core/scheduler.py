@@ -38,8 +38,9 @@ class SchedulerConfig:
 
     A step has at most `max_num_batched_tokens` rows, padding included, and at most
     `max_prefill_chunk` tokens of one prompt (rounded up to a bucket; default: half of the rows).
-    With `whole_steps`, a prompt without others may have all of these rows instead, and one of
-    several half of them. In a step that also decodes, one has a quarter, and all have half.
+    With `whole_steps`, the default for one prompt is the whole step. Then a prompt has at most half
+    of a step's rows while other prompts run or wait, and a quarter beside sequences that decode;
+    all prompts of such a step have at most half.
 
     `overtaking` is described in `WaitingQueue`, `prefill_context` in `chunk_rows_at`.
     """
@@ -82,7 +83,8 @@ class SchedulerConfig:
     def chunk_rows_at(self, start: int, *, alone: bool, only: bool = False) -> int:
         """Return the most rows of a chunk that starts at position `start`.
 
-        `alone` says that no sequence decodes in the step, `only` that no other prompt waits.
+        `alone` says that no sequence decodes in the step, `only` that no other prompt runs or waits
+        (for `whole_steps`).
 
         A row takes longer the more tokens it attends to. So unless the chunk is `alone`,
         `prefill_context` tokens before it halve its rows; twice as many leave a third.
@@ -482,8 +484,7 @@ class Scheduler:
     def _check_spans(self, sequence: Sequence) -> None:
         """Raise `RequestError` if a step that decodes all others cannot compute a picture whole."""
         config, buckets = self.config, self.config.buckets
-        decode = buckets.pad_rows(config.max_num_seqs - 1)
-        most = min(self._chunk_rows, config.max_num_batched_tokens - decode)
+        most = min(self._chunk_rows, config.prompt_rows(config.max_num_seqs - 1))
         for media in sequence.media:
             size = max((stop - first for first, stop in media.bidirectional), default=0)
             if buckets.pad_chunk(size) > most:
@@ -626,7 +627,7 @@ class Scheduler:
         """Return chunks of prompts for at most `rows` rows, and admit sequences if `admit`."""
         buckets, chunks = self.config.buckets, list[PrefillChunk]()
         smallest = buckets.pad_chunk(1)
-        only = sum(each.is_prefill for each in self._running) + len(self._waiting) == 1
+        only = self.config.whole_steps and self._num_prompts() == 1
         largest = self.config.chunk_rows_at(0, alone=alone, only=only)
         computing: set[bytes] = set()
         long_prompts: list[Sequence] = []
@@ -648,6 +649,10 @@ class Scheduler:
             if rows >= smallest:
                 take(sequence)
         return chunks
+
+    def _num_prompts(self) -> int:
+        """Return how many sequences are prompts or wait."""
+        return sum(each.is_prefill for each in self._running) + len(self._waiting)
 
     def _prompts(self, admit: bool) -> Iterator[Sequence]:
         """Yield the running sequences in prefill, then admit and yield waiting ones.

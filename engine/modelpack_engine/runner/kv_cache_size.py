@@ -219,8 +219,9 @@ def choose_sizes(
     request holds no more tokens than the window and one step. `groups` of layers with smaller
     windows have blocks of their own, unless no request is long enough to release any. On CUDA,
     steps' arrays take `step_memory`. By default, a step can compute `span` tokens of one prompt.
-    Pictures that layers attend to take `picture_bytes`. With `packed`, the library for CPUs runs
-    the steps: in larger ones, its threads wait less for each other.
+    Pictures that layers attend to take `picture_bytes`. With `packed`, for the library for CPUs,
+    steps are larger by default, and one prompt may fill a step: its threads then wait for each
+    other less often.
 
     Raises `OutOfMemoryError`, saying what would fit, if the KV cache cannot hold one request of
     `config.max_model_len` tokens, or a few blocks if that is not set.

@@ -1,6 +1,6 @@
 """Products by the kernels for ARM64, compiled by a cross compiler and run by an emulator.
 
-No ARM processor has run them in these tests; what an instruction does is the emulator's word.
+QEMU executes the instructions; no ARM processor is used.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 constexpr int kParts = kTile / kLanes;  // vectors of a tile
+// Up to so many rows are multiplied by one tile at a time, whose bytes are prefetched so many ahead.
 constexpr int kFewRows = 12, kAhead = 8192;
 
 // The largest blocks: rows and vectors whose sums fit into the registers.
@@ -99,8 +100,8 @@ INLINE void store_i8(void* to, i32s v) {
 
 INLINE f32s load_bfloat16(const void* from) { return (f32s)(widened(from) << 16); }
 
-// acc + the four products of unsigned bytes of w, all below 128 if they are `SMALL`, and signed bytes of x
-// in each lane.
+// acc + the dot product of four unsigned bytes of w and four signed bytes of x, in each lane. With `SMALL`,
+// all bytes of w are below 128.
 template <bool SMALL> INLINE i32s dot(i32s acc, u8s w, int32_t x) {
 #if defined(__AVX512VNNI__)
     return (i32s)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
@@ -118,7 +119,7 @@ template <bool SMALL> INLINE i32s dot(i32s acc, u8s w, int32_t x) {
 #elif defined(__ARM_FEATURE_DOTPROD)
     const int8x16_t b = vreinterpretq_s8_s32(vdupq_n_s32(x));
     if constexpr (SMALL) return (i32s)vdotq_s32((int32x4_t)acc, (int8x16_t)w, b);
-    // Of bytes less 128, which are signed, and of 128.
+    // Bytes less 128 are signed; the products of 128 are added.
     const i32s sum = (i32s)vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), b);
     return (i32s)vdotq_s32((int32x4_t)acc, (int8x16_t)(w ^ 128), b) + (sum << 7);
 #else
@@ -271,7 +272,7 @@ struct BF16 {
     static constexpr int step = 2, bytes = 64;
 };
 
-// What is read `kAhead` bytes later is brought to the cache, if `AHEAD`, or else what is `next`.
+// With `AHEAD`, weights `kAhead` bytes ahead are prefetched, otherwise those of `next`.
 template <class W, int MR, int NT, bool AHEAD = false>
 INLINE void multiply_dense(const uint8_t* const (&tiles)[NT], [[maybe_unused]] Next next,
                            const Rows& x, int row, float* out, int stride) {

@@ -2,7 +2,7 @@
 //
 // A matrix of weights [rows, columns] is cut into tiles of 16 rows; the lanes of a vector are the
 // rows of a tile. Four neighbouring bytes of a lane hold neighbouring columns, as the dot-product
-// instructions of x86 (VNNI, AVX512_BF16, AMX) and Arm (SDOT) want them:
+// instructions of x86 (VNNI, AVX512_BF16, AMX) and Arm (SDOT, USDOT, BFDOT) want them:
 //
 //   F32    [columns][16]        float
 //   F16    [columns][16]        half
