@@ -225,3 +225,10 @@ def test_an_option_that_needs_another_says_so(options: list[str], problem: str) 
     failed = modelpack("serve", *options)
     assert (failed.code, failed.out) == (2, "")
     assert problem in failed.err
+
+
+@pytest.mark.parametrize("path", ["./nothing", "/nothing/at/all", "~/nothing", "../nothing.gguf"])
+def test_a_draft_model_that_does_not_exist(path: str) -> None:
+    failed = modelpack("serve", "--draft-model", path)
+    assert failed.code != 0
+    assert f"no such file or directory: {path}" in failed.err

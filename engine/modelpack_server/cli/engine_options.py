@@ -41,10 +41,17 @@ _DEFAULTS = EngineConfig()
 def _draft_model(
     _context: click.Context, _parameter: click.Parameter, text: str | None
 ) -> str | Path | None:
-    """Return a path if `text` names an existing file or directory, else the model's name."""
-    if text is None or not Path(text).exists():
-        return text
-    return Path(text)
+    """Return a path if `text` names an existing file or directory, else the model's name.
+
+    Raises `NotFoundError` for a path that does not exist.
+    """
+    if text is None:
+        return None
+    if Path(text).exists():
+        return Path(text)
+    from modelpack_server.cli.model_sources import path_in
+
+    return path_in(text) or text
 
 
 def pull_draft(config: Any, store: LayoutStore, settings: Settings, remote: RemoteOptions) -> None:
