@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -32,6 +32,14 @@ class Waiter:
             raise
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Take SIGINT: a shell's background jobs, and what they start, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_results_have_the_order_of_the_tasks() -> None:
     tasks: list[Callable[[], int]] = [lambda n=n: n for n in range(50)]  # type: ignore[misc]
     assert run_all(tasks, 4, Stop()) == list(range(50))
@@ -50,6 +58,7 @@ def test_a_failure_stops_the_others() -> None:
     assert waiter.stopped
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_that_another_thread_receives_stops_the_tasks() -> None:
     """The system may deliver a signal to any thread; the main thread is not woken by it then."""
     stop = Stop()

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 import pytest
@@ -198,6 +199,14 @@ def test_a_stop_ends_all_within_two_seconds(registry: FaultyRegistry, client: Cl
     assert ended[0] - requested < 2
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Take SIGINT: a shell's background jobs, and what they start, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def waits(frame: FrameType | None) -> bool:
     """Return whether the thread of this frame waits for the others of a download."""
     while frame is not None and frame.f_code is not RunningTasks.wait.__code__:
@@ -205,6 +214,7 @@ def waits(frame: FrameType | None) -> bool:
     return frame is not None
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_that_another_thread_receives_ends_all(
     registry: FaultyRegistry, client: Client
 ) -> None:
