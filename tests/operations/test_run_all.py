@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -30,14 +30,6 @@ class Waiter:
             time.sleep(0.2)  # it takes a while to stop
             self.stopped = True
             raise
-
-
-@pytest.fixture
-def interrupts() -> Iterator[None]:
-    """Take SIGINT: a shell's background jobs, and what they start, ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_results_have_the_order_of_the_tasks() -> None:

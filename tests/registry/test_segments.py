@@ -7,8 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 
@@ -20,7 +19,7 @@ from modelpack.errors import (
 )
 from modelpack.progress import RunningTasks, Stop
 from modelpack.registry import BlobOptions, Credential, RateLimit, StaticCredentials
-from modelpack.registry.blob_download import RemoteBlob
+from modelpack.registry.blob_download import RemoteBlob, SegmentFetch
 from modelpack.storage import SegmentedSource, SegmentsRefused
 from tests.registry import faults
 from tests.registry.faulty import FaultyRegistry
@@ -199,19 +198,16 @@ def test_a_stop_ends_all_within_two_seconds(registry: FaultyRegistry, client: Cl
     assert ended[0] - requested < 2
 
 
-@pytest.fixture
-def interrupts() -> Iterator[None]:
-    """Take SIGINT: a shell's background jobs, and what they start, ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def waits(frame: FrameType | None) -> bool:
-    """Return whether the thread of this frame waits for the others of a download."""
-    while frame is not None and frame.f_code is not RunningTasks.wait.__code__:
-        frame = frame.f_back
-    return frame is not None
+def running(code: CodeType) -> set[int]:
+    """Return the threads that run `code`, or what it has called."""
+    found = set()
+    for thread, frame in sys._current_frames().items():
+        called: FrameType | None = frame
+        while called is not None:
+            if called.f_code is code:
+                found.add(thread)
+            called = called.f_back
+    return found
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -231,7 +227,7 @@ def test_an_interrupt_that_another_thread_receives_ends_all(
             exchange.write(reply.body)
         else:
             asked.set()
-            wait_until(lambda: waits(sys._current_frames()[main]), "the main thread to wait")
+            wait_until(lambda: main in running(RunningTasks.wait.__code__), "the main thread")
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             exchange.keep_silent()
 
@@ -241,8 +237,7 @@ def test_an_interrupt_that_another_thread_receives_ends_all(
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         source.fetch_segments(SEGMENTS[:2], Sink(), client.stop)
-    names = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in names if name.startswith("modelpack-segment")]
+    assert not running(SegmentFetch._fetch.__code__)
     assert time.monotonic() - started < 20, "the registry is silent for a minute"
 
 

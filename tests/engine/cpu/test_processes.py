@@ -22,6 +22,7 @@ from modelpack_engine.cpu.library import (
     library,
 )
 from modelpack_engine.platform import device
+from scripts.native.build import KERNELS
 from tests.engine.cpu.programs import (
     INSTRUCTION_SETS,
     LOGITS,
@@ -149,8 +150,7 @@ FLAGS = {
     "avx512_bf16": "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mprefer-vector-width=512",
     "amx": "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16"
     " -mprefer-vector-width=512",
-    "neon_dot": "-march=armv8.2-a+dotprod",
-    "neon_bf16": "-march=armv8.2-a+dotprod+i8mm+bf16",
+    **{name: " ".join(flags) for name, flags in KERNELS["aarch64"].items() if flags},
 }
 
 
