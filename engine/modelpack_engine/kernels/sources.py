@@ -25,7 +25,7 @@ Body = Literal[
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "shrink_wide", "expand_wide", "convolve", "gated_norm", "linear_attention",
     "delta_tiles", "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address",
-    "beside", "gate",
+    "beside", "gate", "windows",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -90,6 +90,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     ),
     "usable": ("token_ids", "maxima"),
     "angles": ("first", "second", "third", "axis_of", "inverse"),
+    "windows": ("joint", "angles", "index"),
     "deliver": ("numbers", "address"),
     "address": tuple("abcdefgh"),
     "block_dots": ("x", "weight", "bias", "chosen"),

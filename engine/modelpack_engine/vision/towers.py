@@ -10,7 +10,6 @@ import copy
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,6 +38,7 @@ from modelpack_engine.vision.tower_types import (
     ROWS,
     SOUND_PARTS,
 )
+from modelpack_engine.vision.windows import window_class
 
 
 class _Text:
@@ -234,77 +234,6 @@ def _quantise(tower: Any, config: Mapping[str, Any], given: Mapping[str, mx.arra
     )
 
 
-@lru_cache(maxsize=4)  # those of all layers for a picture
-def _windows(edges: tuple[int, ...]) -> tuple[mx.array, mx.array | None, mx.array]:
-    """Return the rows of windows [windows, rows of the largest], their mask, and the rows to keep.
-
-    Windows are the rows between successive `edges`. Rows of padding are the window's first row, and
-    masked: NaN stays in its picture where several are encoded together.
-    """
-    starts, sizes = np.array(edges[:-1]), np.diff(edges)
-    offsets = np.arange(sizes.max())
-    within = offsets < sizes[:, None]
-    places = mx.array(starts[:, None] + np.where(within, offsets, 0))
-    mask = None if within.all() else mx.array(within[:, None, None])
-    return places, mask, mx.array(np.flatnonzero(within))
-
-
-def _vision_class(base: Any) -> Any:
-    """Return a vision tower that attends in all windows at once, for one that has windows.
-
-    mlx-vlm's Qwen2.5-VL attends in one window after the other. Where windows fill a picture, it
-    adds empty ones, as transformers' does, and keeps them: on a GPU, attention over no rows ended
-    the process (SIGFPE, MLX 0.32.4).
-    """
-    if not hasattr(base, "get_window_index"):
-        return base
-    module: Any = importlib.import_module(base.__module__)
-
-    def initialise(self: Any, config: Any) -> None:
-        base.__init__(self, config)
-        for block in self.blocks:
-            block.attn.__class__ = windowed
-
-    def get_window_index(self: Any, grid_thw: mx.array) -> tuple[mx.array, mx.array]:
-        index, edges = base.get_window_index(self, grid_thw)
-        return index, mx.array(list(dict.fromkeys(edges.tolist())))
-
-    def rot_pos_emb(self: Any, grid_thw: mx.array) -> mx.array:
-        angles = base.rot_pos_emb(self, grid_thw)  # the tower brings its rows in window order
-        return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
-
-    def attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
-        parts = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
-        rotated = _rotated(parts[:, :2], rotary_pos_emb)
-        places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
-        found = mx.fast.scaled_dot_product_attention(
-            *(each[places].swapaxes(1, 2) for each in (rotated[:, 0], rotated[:, 1], parts[:, 2])),
-            scale=self.scale,
-            mask=mask,
-        )
-        found = found.swapaxes(1, 2).reshape(places.size, -1)
-        made: mx.array = self.proj(found[kept])
-        return made
-
-    windowed = type("Attention", (module.Attention,), {"__call__": attend})
-    body = {
-        "__init__": initialise,
-        "__module__": base.__module__,
-        "get_window_index": get_window_index,
-        "rot_pos_emb": rot_pos_emb,
-    }
-    return type("VisionModel", (base,), body)
-
-
-@mx.compile  # otherwise each operation writes all heads to memory, in float32
-def _rotated(rows: mx.array, cos_sin: mx.array) -> mx.array:
-    """Rotate heads [rows, ..., heads, width] by the cosines and sines [rows, width] of angles."""
-    cos, sin = mx.split(mx.expand_dims(cos_sin, (1, 2)), 2, axis=-1)
-    first, second = mx.split(rows, 2, axis=-1)
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return mx.concatenate(parts, axis=-1).astype(rows.dtype)
-
-
 def _tower_class(package: Any) -> Any:
     """Return a subclass of mlx-vlm's model without its language model."""
     base = package.Model
@@ -340,7 +269,7 @@ def _tower_class(package: Any) -> Any:
         )
         self.language_model = _Text(table)
         tower, projector = needs.parts
-        setattr(self, tower, _vision_class(package.VisionModel)(self.config.vision_config))
+        setattr(self, tower, window_class(package.VisionModel)(self.config.vision_config))
         self.audio_tower = self.embed_audio = None
         self.feature_scale = 1.0
         if config["model_type"] == "gemma4":

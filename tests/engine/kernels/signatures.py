@@ -99,6 +99,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "first": "int", "second": "int", "third": "int", "axis_of": "int", "inverse": "float",
         "out": "float",
     },
+    "windows": {"joint": "T", "angles": "float", "index": "int", "out": "T"},
     "usable": {"token_ids": "int", "maxima": "T", "usable": "int", "next": "int"},
     "block_dots": {
         "x": "T", "weight": "uint32_t", "bias": "T", "chosen": "uint32_t", "out": "O",

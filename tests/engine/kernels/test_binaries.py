@@ -45,6 +45,7 @@ from modelpack_engine.layers import (
 from modelpack_engine.layers.weights import random_weights
 from modelpack_engine.runner import replay
 from modelpack_engine.sampling import delivery, sampler
+from modelpack_engine.vision import windows
 from tests.peers import require
 
 pytestmark = pytest.mark.long
@@ -400,6 +401,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "convolution": lambda: convolution._compare(BF16),
     "gated norm": lambda: gated_norm._compare(BF16),
     "linear attention": lambda: linear_attention._compare(BF16),
+    "windows of patches": lambda: windows._compare(BF16, 16, 80),
     "adapters": lambda: adapters._compare(BF16),
     "adapters on tensor cores": lambda: adapters._products(BF16, wide=True),
 }

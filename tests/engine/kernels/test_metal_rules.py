@@ -50,6 +50,7 @@ FUSED = [
     Instance("accepted", (), (("ROWS", 5), ("TOKENS", 4))),
     Instance("pick", BF16, (("V", 16384), ("VEC", 8), ("NSG", 16), ("COLUMNS", 5))),
     Instance("swiglu", BF16, (("N", 1536), ("VEC", 8))),
+    Instance("windows", BF16, (("H", 16), ("D", 80), ("VEC", 8))),
     Instance(
         "gate",
         (*BF16, ("B", "float")),
@@ -237,6 +238,7 @@ SMALL: dict[Body, tuple[str, ...]] = {
     "gated_norm": ("columns",),
     "linear_attention": ("decay", "segments", "owners"),
     "rows": ("index",),
+    "windows": ("index",),
     "route": ("logits", "bias"),
     "dispatch": (),
     "combine": (),

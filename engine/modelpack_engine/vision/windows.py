@@ -1,0 +1,162 @@
+"""window_class: attention in windows for vision towers (Qwen2.5-VL), all windows in one call.
+
+On a GPU, one kernel rotates queries and keys and gathers them and the values by window. MLX takes
+14 kernels for that, a third of the tower's time on an H200.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.plan import vector_width
+from modelpack_engine.layers.kernels import take_rows
+
+_log = logging.getLogger(__name__)
+#: The most by which the kernel may differ from MLX, in float32 and in 16 bits.
+_TOLERANCES = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 5e-2}
+
+
+@lru_cache(maxsize=4)  # those of all layers for a picture
+def _windows(edges: tuple[int, ...]) -> tuple[mx.array, mx.array | None, mx.array]:
+    """Return the rows of windows [windows, rows of the largest], their mask, and the rows to keep.
+
+    Windows are the rows between successive `edges`. Rows of padding are the window's first row, and
+    masked: NaN stays in its picture where several are encoded together.
+    """
+    starts, sizes = np.array(edges[:-1]), np.diff(edges)
+    offsets = np.arange(sizes.max())
+    within = offsets < sizes[:, None]
+    places = mx.array((starts[:, None] + np.where(within, offsets, 0)).astype(np.int32))
+    mask = None if within.all() else mx.array(within[:, None, None])
+    return places, mask, mx.array(np.flatnonzero(within).astype(np.int32))
+
+
+def window_class(base: Any) -> Any:
+    """Return a vision tower that attends in all windows at once, for one that has windows.
+
+    It also computes SwiGLU in one kernel.
+
+    mlx-vlm's Qwen2.5-VL attends in one window after the other. Where windows fill a picture, it
+    adds empty ones, as transformers' does, and keeps them: on a GPU, attention over no rows ended
+    the process (SIGFPE, MLX 0.32.4).
+    """
+    if not hasattr(base, "get_window_index"):
+        return base
+    module: Any = importlib.import_module(base.__module__)
+
+    def initialise(self: Any, config: Any) -> None:
+        base.__init__(self, config)
+        for block in self.blocks:
+            block.attn.__class__, block.mlp.__class__ = windowed, gated
+
+    def feed_forward(self: Any, x: mx.array) -> mx.array:
+        made: mx.array = self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
+        return made
+
+    def get_window_index(self: Any, grid_thw: mx.array) -> tuple[mx.array, mx.array]:
+        index, edges = base.get_window_index(self, grid_thw)
+        return index, mx.array(list(dict.fromkeys(edges.tolist())))
+
+    def rot_pos_emb(self: Any, grid_thw: mx.array) -> mx.array:
+        angles = base.rot_pos_emb(self, grid_thw)  # the tower brings its rows in window order
+        return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+    def attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
+        joint = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
+        places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
+        on_gpu = _has_kernel(joint.dtype, *joint.shape[2:])
+        queries, keys, values = (by_kernel if on_gpu else by_mlx)(joint, rotary_pos_emb, places)
+        found = mx.fast.scaled_dot_product_attention(
+            *(each.swapaxes(1, 2) for each in (queries, keys, values)), scale=self.scale, mask=mask
+        )
+        found = found.swapaxes(1, 2).reshape(places.size, -1)
+        made: mx.array = self.proj(take_rows(found, kept) if on_gpu else found[kept])
+        return made
+
+    windowed = type("Attention", (module.Attention,), {"__call__": attend})
+    gated = type("MLP", (module.MLP,), {"__call__": feed_forward})
+    body = {
+        "__init__": initialise,
+        "__module__": base.__module__,
+        "get_window_index": get_window_index,
+        "rot_pos_emb": rot_pos_emb,
+    }
+    return type("VisionModel", (base,), body)
+
+
+def by_mlx(joint: mx.array, angles: mx.array, places: mx.array) -> tuple[mx.array, ...]:
+    """Return rotated queries and keys, and values, of the rows `places` [windows, n].
+
+    `joint` [rows, 3, heads, width] has queries, keys and values, and `angles` [rows, width] their
+    cosines and sines. The results are [windows, n, heads, width] each.
+    """
+    rotated = _rotated(joint[:, :2], angles)
+    return tuple(each[places] for each in (rotated[:, 0], rotated[:, 1], joint[:, 2]))
+
+
+def by_kernel(joint: mx.array, angles: mx.array, places: mx.array) -> tuple[mx.array, ...]:
+    """Return what `by_mlx` returns, by one kernel; `places` are int32."""
+    heads, width = joint.shape[2:]
+    vector = vector_width(joint.dtype.size, width // 2)
+    (out,) = launch.run(
+        "windows", [joint, angles.astype(mx.float32), places.reshape(-1)], [("T", joint.dtype)],
+        [("H", heads), ("D", width), ("VEC", vector)],
+        threads=3 * places.size * heads * (width // 2 // vector), group=256,
+        shapes=[(3, *places.shape, heads, width)], dtypes=[joint.dtype],
+    )  # fmt: skip
+    return tuple(out)
+
+
+def _has_kernel(dtype: mx.Dtype, heads: int, width: int) -> bool:
+    problem = verdict(dtype, heads, width)
+    if problem is not None and launch.backend() != "none":
+        _warn(problem)
+    return problem is None
+
+
+@cache
+def _warn(problem: str) -> None:
+    _log.warning("MLX rotates the patches of pictures: %s", problem)
+
+
+def _compare(dtype: mx.Dtype, heads: int, width: int) -> str | None:
+    """Return why the kernel does not take such heads, or what it computes wrong; None if right."""
+    if width % 2 or dtype not in _TOLERANCES:
+        return f"the heads have {width} elements of {dtype}"
+    keys = launch.random_keys(40, 2)
+    joint = mx.random.normal((7, 3, heads, width), key=keys[0]).astype(dtype)
+    angles = mx.random.normal((7, width), key=keys[1])
+    places = mx.array([[0, 1, 5], [3, 3, 6]], mx.int32)
+    names, kept = ("queries", "keys", "values"), mx.array([1, 4], mx.int32)
+    pairs = zip(by_kernel(joint, angles, places), by_mlx(joint, angles, places), strict=True)
+    found = dict(zip(names, pairs, strict=True))
+    rows = found["queries"][1].reshape(places.size, -1)
+    found["rows"] = take_rows(rows, kept), rows[kept]
+    return launch.difference(found, _TOLERANCES[dtype])
+
+
+#: Whether patches are rotated and gathered by kernels on this device: None, or why not.
+verdict = launch.Verdict(_compare)
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    made: mx.array = nn.silu(gate) * up
+    return made
+
+
+@mx.compile  # otherwise each operation writes all heads to memory, in float32
+def _rotated(rows: mx.array, cos_sin: mx.array) -> mx.array:
+    """Rotate heads [rows, ..., heads, width] by the cosines and sines [rows, width] of angles."""
+    cos, sin = mx.split(mx.expand_dims(cos_sin, (1, 2)), 2, axis=-1)
+    first, second = mx.split(rows, 2, axis=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return mx.concatenate(parts, axis=-1).astype(rows.dtype)
