@@ -447,7 +447,8 @@ class Engine(BaseEngine):
         if self._speculator is not None and self._in_flight is None:
             proposed = self._speculator.propose(self._scheduler.decoding(), self._outputs.mask_of)
         if self.vision is not None:
-            self.vision.encoder.begin_step()
+            last = self._in_flight
+            self.vision.encoder.begin_step(after_prompts=bool(last and last.output.prefill))
         output = self._scheduled(proposed)
         if self._replays is not None and output is None:
             self._replays.drop_ahead()

@@ -212,6 +212,9 @@ OVERTAKING = 16
 #: owner that had its turn waiting forever.
 ROUND = 64
 
+#: The most prompts with which a picture is encoded in slices, its own included: all wait for these.
+#: Those of the background do not count.
+_MOST_FOR_SLICES = 4
 #: Read for every token: looking up an enumeration's member takes three times as long.
 _FINISHED = SequenceStatus.FINISHED
 
@@ -758,7 +761,7 @@ class Scheduler:
         prompts = [each for each in self._running if each.is_prefill]
         num_decoding = len(self._running) - len(prompts)
         num_prefill = sum(not each.background for each in prompts) + self._waiting.num_foreground
-        in_slices = not alone and num_decoding >= num_prefill
+        in_slices = not alone and num_prefill <= min(num_decoding, _MOST_FOR_SLICES)
         for media in sequence.media:
             end = media.until or media.stop
             if end <= sequence.num_computed_tokens or media.start >= stop:

@@ -59,6 +59,8 @@ _TOLERANCE = 0.1
 _PROCESS_SECONDS = 0.01
 #: Steps without pictures, the last ones, whose median time is that of a slice.
 _MAX_TIMES = 15
+#: Seconds: a block takes longer for each of its tokens.
+_LEAST_BLOCK_TIME = 1e-9
 #: What a tower encodes, by the name of the input that has its content.
 _KINDS = {"pixel_values": "picture", "input_features": "sound", "pixel_values_videos": "video"}
 
@@ -136,7 +138,9 @@ class VisionEncoder:
     The scheduler calls `prepare` for each picture of a chunk, and `input_embeddings` then finds
     them. While sequences decode in a step, it calls the tower once, so that their tokens wait for
     no more than that. In slices, the call is evaluated over several steps, each of which takes
-    about twice as long as one without pictures. It ends with the last request that waits for it.
+    about twice as long as one without pictures. The time of a block is estimated from whole steps
+    with and without a slice, as the time of its evaluation would include the step in flight. The
+    call ends with the last request that waits for it.
 
     Of the kinds in `batched`, the names of their inputs, one call also encodes files that wait, of
     any owner, if their inputs have the same shapes, up to `MAX_BATCH_BYTES`. Those that wait get at
@@ -188,6 +192,11 @@ class VisionEncoder:
         #: When the step began, whether it needs no picture, and the seconds of such steps.
         self._began, self._is_text = 0.0, False
         self._text_times = deque[float](maxlen=_MAX_TIMES)
+        #: The kind of the step's slice, with its blocks times their tokens, and by kind, the
+        #: estimated seconds of one of these.
+        self._slice: tuple[str, int] | None = None
+        self._block_times: dict[str, float] = {}
+        self._after_prompts = False  # whether the step before had tokens of prompts
         #: Pictures whose embeddings were in the cache, and those that were computed.
         self.hits = self.misses = 0
 
@@ -216,15 +225,21 @@ class VisionEncoder:
             return False
         return all(made.ndim == 2 for made in self._step.values())
 
-    def begin_step(self) -> None:
-        """Forget what the step before needed; move what it evicted to the host."""
+    def begin_step(self, *, after_prompts: bool = False) -> None:
+        """Forget what the step before needed; move what it evicted to the host.
+
+        `after_prompts` says that it computed tokens of prompts, so that it took longer.
+        """
         self._host.collect()
         self._step.clear()
         self._num_encoded, self._patience = 0, _PROCESS_SECONDS
         now = time.perf_counter()
         if self._is_text:
             self._text_times.append(now - self._began)
-        self._began, self._is_text = now, True
+        elif self._slice is not None and not (after_prompts or self._after_prompts):
+            self._count_slice(*self._slice, now - self._began)
+        self._began, self._is_text, self._slice = now, True, None
+        self._after_prompts = after_prompts
 
     def end_step(self) -> None:
         """Release what the step needed: its graph refers to it until the device has run it."""
@@ -354,7 +369,8 @@ class VisionEncoder:
             call = self._begin(key, media, waiting)
         try:
             if in_slices and not call.is_evaluated:
-                call.advance(median(self._text_times) if self._text_times else 0)
+                if (blocks := call.advance(self._num_blocks(call))) > 0:
+                    self._slice = call.kind, call.num_tokens * blocks
                 return None
             parts = dict(zip(call.keys, call.finish(), strict=True))
         except _FAILURES as error:
@@ -376,6 +392,24 @@ class VisionEncoder:
             self._keep(each, part)
         self._ahead |= parts.keys() - {key}
         return parts.get(key)
+
+    @property
+    def _text_time(self) -> float:
+        """The seconds of a step without pictures."""
+        return median(self._text_times) if self._text_times else 0.0
+
+    def _count_slice(self, kind: str, work: int, seconds: float) -> None:
+        """Estimate the time of a block from that of a step with a slice."""
+        more = (seconds - self._text_time) / work
+        if more <= 0:  # the next slice has twice as many blocks, at least
+            most = self._text_time / work
+            more = max(min(self._block_times.get(kind, most), most) / 2, _LEAST_BLOCK_TIME)
+        self._block_times[kind] = more
+
+    def _num_blocks(self, call: TowerCall) -> int:
+        """Return the blocks of a slice that takes as long as a step without pictures."""
+        each = self._block_times.get(call.kind)
+        return 1 if each is None else max(1, int(self._text_time / (each * call.num_tokens)))
 
     def _call(self, key: Key) -> TowerCall | None:
         """Return the call that has begun to encode a picture, or None."""

@@ -7,7 +7,6 @@ not for the whole tower. The embeddings are bit for bit those of one evaluation.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,23 +94,26 @@ class TowerCall:
         """Whether all blocks are evaluated, and only what follows them is left."""
         return bool(self._parts) and not self._states
 
-    def advance(self, seconds: float) -> None:
-        """Evaluate a slice: as many blocks as take about `seconds`, and one at least.
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all files."""
+        return sum(map(len, self._token_ids))
 
-        The first slice copies the inputs, which takes the host as long as some blocks, and the
-        second one builds the graph.
+    def advance(self, num_blocks: int) -> int:
+        """Evaluate a slice of up to `num_blocks` blocks, and return how many it had.
+
+        The first slice only copies the inputs, which takes the host as long as some blocks, and the
+        second one only builds the graph: both return 0.
         """
         if self._given:
             self._copy()
-        elif not self._parts:
+            return 0
+        if not self._parts:
             self._build()
-        else:
-            mx.synchronize()  # the step in flight does not count
-            began = time.perf_counter()
-            mx.eval(self._states.popleft())
-            spent = time.perf_counter() - began
-            more = min(int(seconds / max(spent, 1e-6)) - 1, len(self._states))
-            mx.eval([self._states.popleft() for _ in range(more)])
+            return 0
+        some = [self._states.popleft() for _ in range(min(num_blocks, len(self._states)))]
+        mx.eval(some)
+        return len(some)
 
     def finish(self) -> list[mx.array]:
         """Return the embeddings of each file; the device is still evaluating them."""

@@ -57,30 +57,21 @@ def num_left(call: TowerCall, path: Path) -> int:
     return path.read_text().count('"Tanh"')
 
 
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each slice's first block take a second."""
-    times = iter(range(1 << 20))
-    monkeypatch.setattr(tower_call, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-
-
-@pytest.mark.parametrize(("seconds", "most"), [(0, 1), (1.9, 1), (3, 3), (99, 10)])
-def test_a_slice_is_as_many_blocks_as_take_so_long(
-    seconds: float, most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    clock(monkeypatch)
+@pytest.mark.parametrize("most", [1, 3, 10, 99])
+def test_a_slice_has_so_many_blocks(most: int, tmp_path: Path) -> None:
     tower = Tower()
     outputs = BlockOutputs(tower)
     expected = TowerCall(tower, [media_of(1)]).finish()
     call = TowerCall(tower, [media_of(1)], outputs=outputs)
-    call.advance(seconds)  # copies the inputs
+    assert call.advance(most) == 0  # copies the inputs
     assert not call._parts
-    call.advance(seconds)  # builds the graph
+    assert call.advance(most) == 0  # builds the graph
     left = num_left(call, tmp_path / "graph")
     assert left == 10
     while not call.is_evaluated:
-        call.advance(seconds)
+        count = call.advance(most)
         before, left = left, num_left(call, tmp_path / "graph")
-        assert left == max(0, before - most)
+        assert count == before - left == min(most, before)
     assert left == 0
     assert mx.array_equal(call.finish()[0], expected[0])
 
@@ -92,7 +83,7 @@ def test_the_rest_is_evaluated_at_once(tmp_path: Path) -> None:
     for slices in range(6):
         call = TowerCall(tower, [media_of(1)], outputs=outputs)
         for _ in range(slices):
-            call.advance(0)
+            call.advance(1)
         (found,) = call.finish()
         assert call.is_evaluated
         assert mx.array_equal(found, expected[0])
@@ -116,12 +107,12 @@ def test_evaluated_blocks_free_their_memory() -> None:
     pixels = np.ones((1 << 17, 8), np.float32)
     media = Media(0, (1, 2, 3), b"large", {"pixel_values": pixels})
     call = TowerCall(tower, [media], outputs=outputs)
-    call.advance(0)
-    call.advance(0)
+    call.advance(1)
+    call.advance(1)
     gc.collect()
     before = mx.get_active_memory()
     while not call.is_evaluated:
-        call.advance(0)
+        call.advance(1)
         assert mx.get_active_memory() - before <= 5 << 20
 
 
@@ -132,7 +123,7 @@ def check_slices(vision: Vision, media: Parts[Media]) -> None:
     call = TowerCall(model, media, outputs=outputs)
     steps = 0
     while not call.is_evaluated:
-        call.advance(0)
+        call.advance(1)
         steps += 1
     assert steps >= 3, "there is one block, at least"
     for each, found in zip(expected, call.finish(), strict=True):
@@ -165,15 +156,13 @@ class Slices:
         self.count, self.tokens, self.errors = 0, dict[str, list[int]](), dict[str, str]()
         advance = TowerCall.advance
 
-        def counted(call: TowerCall, seconds: float) -> None:
+        def counted(call: TowerCall, num_blocks: int) -> int:
             self.count += 1
-            assert seconds == 0
-            left = len(call._states)
-            advance(call, seconds)
-            assert len(call._states) == left - 1 or not left
+            assert num_blocks == 1
+            return advance(call, num_blocks)
 
         monkeypatch.setattr(TowerCall, "advance", counted)
-        monkeypatch.setattr(encoder_module, "median", lambda _: 0)
+        monkeypatch.setattr(VisionEncoder, "_num_blocks", lambda *_: 1)
         for index in range(texts):
             self.add(f"text-{index}", request(engine, "hello", [], 200))
         while len(self.tokens) < texts:
@@ -237,6 +226,18 @@ def test_more_prompts_than_texts_are_not_held_up(monkeypatch: pytest.MonkeyPatch
     assert beside.count > 0
 
 
+def test_many_prompts_are_not_held_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five of them beside six texts; slices begin when four are left."""
+    engine = tiny.tiny_engine("llava", max_num_batched_tokens=64, max_num_seqs=12)
+    beside = Slices(engine, monkeypatch, texts=6)
+    for seed in range(5):
+        beside.add(str(seed), request(engine, ASK, [picture(seed)]))
+    beside.until(lambda: beside.encoder.misses == 1)
+    assert beside.count == 0
+    beside.until(lambda: beside.encoder.misses == 2)
+    assert beside.count >= 3
+
+
 def test_background_prompts_may_wait_for_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny.tiny_engine("llava", max_num_batched_tokens=256, max_num_seqs=3)
     beside = Slices(engine, monkeypatch, texts=2)
@@ -251,7 +252,7 @@ def test_background_prompts_may_wait_for_slices(monkeypatch: pytest.MonkeyPatch)
 def test_inputs_of_the_next_picture_are_made_during_slices(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(TowerCall, "advance", lambda *_: None)
+    monkeypatch.setattr(TowerCall, "advance", lambda *_: 0)
     encoder = VisionEncoder(Tower(), inputs=lambda media: media_of(2).inputs)
     user, pixels = Sequence("r", [1, 2, 3, 4], SamplingParams()), np.zeros((2, 2, 3), np.uint8)
     source = MediaSource("picture", pixels, (0, 1))
@@ -399,26 +400,87 @@ def test_embeddings_without_room_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_slice_takes_as_long_as_a_step_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps with pictures do not count, nor does an idle engine."""
-    given = []
-    monkeypatch.setattr(TowerCall, "advance", lambda _, seconds: given.append(seconds))
+    """A step of text takes 30 seconds, a block two, and a slice one more."""
+    given, left = list[int](), [0, 0]
+    evaluated = 0
+
+    def advance(_: TowerCall, blocks: int) -> int:
+        nonlocal evaluated
+        given.append(blocks)
+        evaluated = left.pop(0) if left else blocks
+        return evaluated
+
+    monkeypatch.setattr(TowerCall, "advance", advance)
     now = 100.0
     monkeypatch.setattr(encoder_module, "time", SimpleNamespace(perf_counter=lambda: now))
     encoder, user = VisionEncoder(Tower()), Sequence("r", [1, 2, 3, 4], SamplingParams())
     media = media_of(1)
 
-    def slice_of_step() -> None:
-        encoder.begin_step()
-        assert not encoder.prepare(user, media, alone=False, in_slices=True)
-
-    slice_of_step()
-    for seconds in (2, 50, 3, 2, 4):
+    def text(seconds: float) -> None:
+        nonlocal now
         encoder.begin_step()
         now += seconds
+
+    def step(seconds: float | None = None, *, after_prompts: bool = False) -> None:
+        nonlocal now
+        encoder.begin_step(after_prompts=after_prompts)
+        assert not encoder.prepare(user, media, alone=False, in_slices=True)
+        now += 30 + 1 + 2 * evaluated if seconds is None else seconds
+
+    for seconds in (20, 500, 30, 20, 40):
+        text(seconds)
+    for _ in range(5):
+        step()
+    assert given == [1, 1, 1, 10, 14], "copied, built, then so many blocks as take 30 seconds"
+    del given[:]
+    step(1000)
+    step()
+    step()
+    step()
+    assert given == [14, 1, 10, 14], "a step that took long makes one slice small"
+    step(29)
+    step(29)
+    step()
+    assert given[4:] == [14, 28, 57], "the device may have computed blocks beside the step before"
+    step()
+    del given[:]
+    step(1000)
+    step(1000, after_prompts=True)
     for _ in range(3):
-        slice_of_step()
-        now += 1000
-    assert given == [0, 3, 3, 3]
+        step()
+    assert given == [14] * 5, "prompts in a step, or in the one before, do not count"
+
+
+def test_slices_grow_while_they_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever came before: a step of text once took as long as 30 steps with a slice."""
+    given = list[int]()
+    monkeypatch.setattr(TowerCall, "advance", lambda _, blocks: given.append(blocks) or blocks)
+    now = 100.0
+    monkeypatch.setattr(encoder_module, "time", SimpleNamespace(perf_counter=lambda: now))
+    encoder, user = VisionEncoder(Tower()), Sequence("r", [1, 2, 3, 4], SamplingParams())
+    for seconds in (20, 20, *[19] * 60):
+        encoder.begin_step()
+        if seconds == 19:
+            assert not encoder.prepare(user, media_of(1), alone=False, in_slices=True)
+        now += seconds
+    assert given[:7] == [1, 2, 4, 8, 16, 32, 64]
+    assert len(given) == 60
+    assert given[-1] == given[-2] == int(20 / (3 * encoder_module._LEAST_BLOCK_TIME))
+
+
+def test_slices_of_each_kind_have_their_own_time() -> None:
+    """A larger call has smaller slices."""
+    encoder, tower = VisionEncoder(Tower()), Tower()
+    encoder._text_times.append(6.0)
+    small = TowerCall(tower, [media_of(1)], kind="picture")
+    assert encoder._num_blocks(small) == 1, "nothing is known yet"
+    encoder._count_slice("picture", 3, 7.0)
+    assert encoder._num_blocks(small) == 6
+    several = TowerCall(tower, [media_of(1), media_of(2)], kind="picture")
+    assert encoder._num_blocks(several) == 3
+    assert encoder._num_blocks(TowerCall(tower, [media_of(1)], kind="sound")) == 1
+    encoder._count_slice("picture", 3, 1000.0)
+    assert encoder._num_blocks(small) == 1
 
 
 def test_a_picture_of_a_call_is_not_encoded_with_others() -> None:
