@@ -4,10 +4,10 @@
 
 The shape is Qwen2.5-VL-7B's; a picture has 924 x 868 pixels and 1,023 tokens. (On a GPU, mlx-vlm
 ends where the tower's windows fill a picture.) Prints one JSON object for each measurement: for
-several pictures, one request and another question about the picture; `count` requests at once, each
-with its own picture, the same pictures again, and as many requests of text alone. mlx-vlm then
-answers one request, whose time includes the processing of the picture, and 8 and `count` requests
-at once by its batched generator, without the processing.
+several pictures, one request and another question about the picture; in rounds, `count` requests at
+once, each with a new picture, other questions about these pictures, and as many requests of text
+alone. mlx-vlm then answers one request, whose time includes the processing of the picture, and 8
+and `count` requests at once by its batched generator, without the processing.
 
 With `--beside` instead, half as many requests of text generate tokens, alone, beside one request
 with 20 pictures, and beside requests with a picture each, one a second. All pictures are new.
@@ -74,6 +74,9 @@ _7B_SETTINGS = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12845056}
 #: Of one request at a time, each about other pictures than the requests at once.
 QUESTIONS = {"one request": "What is it?", "its picture again": "How many are there?"}
 ALONE = 12
+#: Questions of the requests at once, and their rounds, of which the first ones record steps.
+AT_ONCE_QUESTIONS = {"at once": "Describe it.", "the pictures again": "Why is it so?"}
+AT_ONCE, AT_ONCE_WARM = 4, 2
 #: Tokens of each text beside pictures, and rounds, of which the first ones record steps.
 BESIDE_TOKENS, ROUNDS, WARM = 1024, 6, 3
 
@@ -108,7 +111,9 @@ def write_model(path: Path, config: dict[str, Any], settings: dict[str, Any]) ->
 
 
 def run(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, Any]:
-    """Run requests that are sent at the same time."""
+    """Run requests that are sent at the same time, after idle time as a server has it."""
+    while engine.use_idle_time():
+        pass
     began, first, tokens = time.perf_counter(), {}, 0
     for index, request in enumerate(requests):
         engine.add_request(f"r{index}", request)
@@ -159,9 +164,16 @@ def measure(path: Path, count: int, length: int, pictures: list[Picture]) -> Non
     for index in range(count, len(pictures)):
         for measured, question in QUESTIONS.items():
             show(measured, run(engine, [asked(index, question, 16)]))
-    show("at once", run(engine, [asked(i, "Describe it.") for i in range(count)]))
-    show("the pictures again", run(engine, [asked(i, "Why is it so?") for i in range(count)]))
-    show("text alone", run(engine, [text(count + seed, size) for seed in range(count)]))
+    random = np.random.default_rng(3)
+    for number in range(AT_ONCE):
+        about: dict[str, Any] = {"round": number, "warm": number < AT_ONCE_WARM}
+        for index in range(count):
+            pixels = random.integers(0, 256, pictures[0].pixels.shape, np.uint8)
+            pictures[index] = Picture(pixels)
+        for measured, question in AT_ONCE_QUESTIONS.items():
+            show(measured, about | run(engine, [asked(i, question) for i in range(count)]))
+        texts = [text(count * (number + 1) + seed, size) for seed in range(count)]
+        show("text alone", about | run(engine, texts))
 
 
 def measure_beside(path: Path, count: int, tokens: int, size: tuple[int, int]) -> None:
@@ -294,7 +306,7 @@ def measure_peer(path: Path, length: int, pictures: list[Picture]) -> None:
     module: Any = importlib.import_module(f"mlx_vlm.models.{KIND}.processing_{KIND}")
     processor = module.Qwen2_5_VLProcessor.from_pretrained(path)
     tiny._peer = lambda _: (model, processor)
-    for tokens in (1, 1, 1, length + 1):
+    for tokens in (1, 1, length + 1):
         began = time.perf_counter()
         tiny.expected(KIND, "<image>Describe it.", [pictures[-1]], tokens)
         seconds = time.perf_counter() - began
