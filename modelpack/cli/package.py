@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shlex import quote
 from stat import S_ISDIR
@@ -298,6 +297,8 @@ def _provenance(
 
 
 def _versions(*names: str) -> Iterator[tuple[str, str]]:
+    from importlib.metadata import PackageNotFoundError, version  # takes a tenth of the start
+
     for name in names:
         with suppress(PackageNotFoundError):  # reported by the quantisation itself
             yield name, version(name)
