@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import requests
@@ -689,3 +691,54 @@ def test_pictures_in_both_directions(tmp_path: Path) -> None:
         engine.close()
     assert len(found[True]) == len(ids) - 1
     assert np.abs(np.subtract(found[True], found[False])).max() > 1e-3
+
+
+def test_a_type_that_only_mtmd_runs(tmp_path: Path) -> None:
+    """Janus-Pro's: SigLIP, and two matrices for each patch; expected by mlx-vlm's tower.
+
+    Prompts with three pictures in one batch are answered as each alone.
+    """
+    random = np.random.default_rng(7)
+    shapes = {"0.weight": (64, 32), "0.bias": (64,), "1.weight": (64, 64), "1.bias": (64,)}
+    matrices = {
+        f"mm.{name}": random.normal(0, 0.3, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    siglip = tiny.tiny_loaded("gemma3")
+    projectors.write_projector(
+        eyes := tmp_path / "janus.gguf", "gemma3", tiny.config_of("gemma3"),
+        tiny.settings_of("gemma3"),
+        projectors.weights_of(tiny.directory("gemma3") / "model.safetensors"),
+        matrices=matrices, clip__projector_type="janus_pro",
+    )  # fmt: skip
+    files = replace(tiny_files("llava", tmp_path), projector=eyes)
+    assert not gguf_projector.runs(eyes)
+    assert choose_backend(files, config(), "cpu") == "llama.cpp"
+
+    processor = MtmdProcessor(files.weights, eyes)
+    assert siglip.vision is not None
+    tower: Any = siglip.vision.encoder._model
+    first, second = (
+        (mx.array(matrices[f"mm.{i}.weight"]).T, matrices[f"mm.{i}.bias"]) for i in "01"
+    )
+    placed = []
+    for seed in range(3):
+        shown = tiny.picture(seed, 32, 32)
+        placed.append(processor.place([5, -1, 6], [shown]))
+        (media,) = placed[-1][1]
+        hidden, *_ = tower.vision_tower(mx.array(shown.pixels[None].astype(np.float32) / 127.5 - 1))
+        wanted = nn.gelu_approx(hidden[0] @ first[0] + first[1]) @ second[0] + second[1]
+        rows = media.inputs["rows"]
+        assert rows.shape == wanted.shape == (64, 64)
+        assert np.abs(rows - np.array(wanted)).max() < 2e-3 * np.abs(rows).max()
+
+    engine = LlamaCppEngine(
+        LlamaModel(files.weights), gguf_tokenizer_of(files),
+        EngineConfig(device="cpu", max_num_seqs=3), pictures=processor,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    requests = [EngineRequest(ids, params, media=media) for ids, media in placed]
+    found = answers(engine, *requests)
+    assert found == [answers(engine, each)[0] for each in requests]
+    assert len(set(found)) == 3
+    engine.close()

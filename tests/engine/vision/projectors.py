@@ -71,9 +71,13 @@ def write_projector(
     settings: Mapping[str, Any],
     weights: Weights,
     add: Add = add_array,
+    matrices: Weights | None = None,
     **fields: Any,
 ) -> None:
-    """Write the projector of a model; `fields` replace metadata, and None leaves one out."""
+    """Write the projector of a model; `fields` replace metadata, and None leaves one out.
+
+    `matrices` replace what is behind the tower.
+    """
     writer = gguf.GGUFWriter(path, "clip")
     _write_metadata(writer, kind, config, settings, weights)
     data = writer.kv_data[0]
@@ -82,7 +86,10 @@ def write_projector(
         data.pop(name, None)
         if value is not None:
             writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
-    for name, value in projector_tensors(kind, config, weights).items():
+    tensors = projector_tensors(kind, config, weights)
+    if matrices is not None:
+        tensors = {name: each for name, each in tensors.items() if not name.startswith("mm.")}
+    for name, value in (tensors | (matrices or {})).items():
         add(writer, name, value)
     finish(writer)
 
