@@ -325,13 +325,15 @@ def _idefics2_parts(package: Any, config: Any) -> dict[str, Module]:
 
 
 def _idefics2_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
-    """Encode each view without its padding, which mlx-vlm's tower attends to."""
+    """Encode each view without its padding, which mlx-vlm's tower attends to.
+
+    Patches with padding are left out, as in transformers.
+    """
     patch, found = tower.config.vision_config.patch_size, []
     masks = np.array(inputs["pixel_attention_mask"])[0]
     for pixels, mask in zip(inputs["pixel_values"][0], masks, strict=True):
         height, width = (
-            min(-(-int(seen.sum()) // patch), len(seen) // patch) * patch
-            for seen in (mask.any(axis=1), mask.any(axis=0))
+            int(seen.sum()) // patch * patch for seen in (mask.any(axis=1), mask.any(axis=0))
         )
         view = pixels[:, :height, :width].transpose(1, 2, 0)[None]
         found.append(tower.connector(tower.vision_model(view)[0])[0])

@@ -30,6 +30,7 @@ from modelpack_engine.vision.models import (
     GEMMA4_AUDIO,
     INSTALL_HINT,
 )
+from modelpack_engine.vision.tower_corrections import correct
 from modelpack_engine.vision.tower_types import (
     PARTS,
     PHI4,
@@ -146,6 +147,7 @@ def open_tower(
             tower = _tower_class(package)(config, table)
         else:
             tower = _cut_class(package, any_res=needs.any_res)(config, table)
+        correct(kind, tower, config)
         given = tower.sanitize(dict(weights))
         if any(name.endswith(".scales") for name in given):
             _quantise(tower, config, given)

@@ -20,7 +20,24 @@ from tests.engine.vision import tiny
 from tests.engine.vision.tiny import picture, request
 
 #: The kinds for which mlx-vlm and transformers differ, and one with recurrent layers.
-ORACLE_KINDS = ("gemma3", "gemma4", "mllama", "qwen3_5")
+ORACLE_KINDS = (
+    "gemma3", "gemma4", "glm4v", "granite_vision", "idefics2", "llava_next", "mllama", "paligemma",
+    "qwen3_5",
+)  # fmt: skip
+#: Parts whose names in transformers begin with "model.".
+_PARTS = (
+    "connector.", "embed_vision.", "image_newline", "multi_modal_projector.", "vision_model.",
+    "vision_tower.",
+)  # fmt: skip
+#: What else differs in names of tensors, by kind.
+_RENAMED = {
+    "glm4v": ("vision_tower.", "visual."),
+    "idefics2": ("language_model.", "model.text_model."),
+    "mllama": ("vision_tower.", "vision_model."),
+    "qwen3_5": ("vision_tower.", "visual."),
+}
+#: Soft tokens that transformers gets types of, by kind.
+_SOFT = {"gemma3": tiny.SOFT, "gemma4": tiny.SOFT4, "glm4v": None, "qwen3_5": tiny.PAD}
 ANSWERS = Path(__file__).parent / "transformers.json"
 _SHIFTED = ("layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
 
@@ -38,10 +55,12 @@ def _config(kind: str) -> dict[str, Any]:
     config = tiny.config_of(kind)
     if kind == "mllama":  # its defaults are larger than this vocabulary
         config["text_config"] |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config["text_config"] = {**config["text_config"], "use_double_wide_mlp": True}
-    config["text_config"]["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
-    config["tie_word_embeddings"] = bool(config.get("tie_word_embeddings"))
-    return config
+    if kind == "granite_vision":
+        config["model_type"] = "llava_next"
+    text = config["text_config"]
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    config["text_config"] = {**text, "use_double_wide_mlp": True, "tie_word_embeddings": tied}
+    return {**config, "tie_word_embeddings": tied}
 
 
 def _weights(kind: str) -> dict[str, mx.array]:
@@ -59,12 +78,10 @@ def _weights(kind: str) -> dict[str, mx.array]:
         if kind != "gemma3":
             name = name.replace("language_model.model.", "model.language_model.")
             name = name.replace("language_model.lm_head", "lm_head")
-            if name.startswith(("vision_tower.", "embed_vision.", "multi_modal_projector.")):
+            if name.startswith(_PARTS):
                 name = f"model.{name}"
-        if kind == "mllama":
-            name = name.replace("vision_tower.", "vision_model.")
-        if kind == "qwen3_5":
-            name = name.replace("vision_tower.", "visual.")
+            name = name.replace(*_RENAMED.get(kind, ("", "")))
+            name = name.replace("head.attention.in_proj.", "head.attention.in_proj_")
         made[name] = mx.contiguous(value)
     return made
 
@@ -81,17 +98,25 @@ def tokens(kind: str) -> list[int]:
         model, info = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True
         )
-    assert not any(info.values()), info
+    unread = [name for names in info.values() for name in names if "vision_tower.head." not in name]
+    assert not unread, unread  # nothing reads SigLIP's head
     made = prompt(kind)
     ids = np.array([made.prompt_token_ids])
     if kind == "mllama":
         given = _crossing(ids[0].tolist(), made)
         return _generated(model, ids, given, made.params.max_tokens)
-    soft = {"gemma3": tiny.SOFT, "gemma4": tiny.SOFT4, "qwen3_5": tiny.PAD}[kind]
-    types = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
-    given = {types: (ids == soft).astype(np.int64)}
+    given = {}
+    if kind == "paligemma":
+        given["token_type_ids"] = np.zeros_like(ids)
+    elif kind in _SOFT:
+        soft = _SOFT[kind] or tiny.config_of(kind)["image_token_id"]
+        types = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
+        given[types] = (ids == soft).astype(np.int64)
     for name in made.media[0].inputs:
         parts = [np.asarray(media.inputs[name]) for media in made.media]
+        if kind == "idefics2":  # padded to the largest picture
+            given[name] = np.concatenate(_padded(parts), axis=1)
+            continue
         if kind == "gemma4":  # padded to the most patches of a picture, with positions of -1
             fill = -1 if name == "image_position_ids" else 0
             parts = [
@@ -100,6 +125,15 @@ def tokens(kind: str) -> list[int]:
             ]
         given[name] = np.concatenate(parts)
     return _generated(model, ids, given, made.params.max_tokens)
+
+
+def _padded(parts: list[Any]) -> list[Any]:
+    """Return arrays [1, views, …, height, width], padded with zeros to the same size."""
+    most = np.max([part.shape[-2:] for part in parts], axis=0)
+    return [
+        np.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, n) for n in most - part.shape[-2:]])
+        for part in parts
+    ]
 
 
 def _crossing(ids: list[int], made: EngineRequest) -> dict[str, Any]:

@@ -578,12 +578,8 @@ def _idefics2_rows(
 ) -> mx.array:
     """Encode each view by itself: mlx-vlm's tower attends to padding, transformers' does not."""
     found = []
-    masks = np.array(inputs["pixel_attention_mask"])[0]
-    for index, view in enumerate(pixels[0]):
-        rows, columns = (masks[index].sum(axis).max() for axis in (0, 1))
-        beside = masks[index // 5 * 5 : index // 5 * 5 + 5]  # the views of a picture
-        limit = [int(beside.sum(axis).max()) // 4 * 4 for axis in (1, 2)]
-        rows, columns = min(-(-rows // 4) * 4, limit[0]), min(-(-columns // 4) * 4, limit[1])
+    for mask, view in zip(np.array(inputs["pixel_attention_mask"])[0], pixels[0], strict=True):
+        rows, columns = (int(mask.sum(axis).max()) // 4 * 4 for axis in (0, 1))
         seen = view[:, :rows, :columns].transpose(1, 2, 0)[None]
         found.append(np.array(model.connector(model.vision_model(seen)[0])[0]))
     table = model.language_model.embed_tokens

@@ -29,6 +29,7 @@ from modelpack_engine.request import EngineRequest, Media, SamplingParams
 from modelpack_engine.vision.encoder import VisionEncoder
 from modelpack_engine.vision.models import Encode
 from modelpack_engine.vision.processor import Picture, PictureProcessor
+from modelpack_engine.vision.tower_corrections import correct
 from tests.engine.vision import specimens
 from tests.engine.vision.specimens import SPECIMENS
 
@@ -494,10 +495,15 @@ def run_beside_text(
 
 @cache
 def _peer(kind: str) -> tuple[Any, Any]:
-    """Return mlx-vlm's model and processor."""
+    """Return mlx-vlm's model, its tower corrected as the engine's, and its processor.
+
+    `test_oracle.py` compares what is corrected with transformers.
+    """
     path = directory(kind)
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
+    config = config_of(kind)
+    correct(config["model_type"], model, config)
     stored = SPECIMENS[kind].stored if kind in SPECIMENS else str
     weights: Any = mx.load(str(path / "model.safetensors"))
     model.load_weights([(n, weights[stored(n)]) for n, _ in tree_flatten(model.parameters())])

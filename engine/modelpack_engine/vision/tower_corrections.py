@@ -1,0 +1,124 @@
+"""Corrections of mlx-vlm's vision towers that differ from those of transformers, by model type.
+
+One can be removed when mlx-vlm's tower agrees with transformers' without it:
+`tests/engine/vision/oracle.py` compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.nn.layers.base import Module
+from numpy.typing import NDArray
+
+#: Of bicubic interpolation, as in PyTorch.
+_SHARPNESS = -0.75
+
+
+def correct(kind: str, tower: Module, config: Mapping[str, Any]) -> None:
+    """Change a tower of the model type `kind`, before it gets weights; `config` is config.json."""
+    if (change := CORRECTIONS.get(kind)) is not None:
+        change(tower, config)
+
+
+def _set_call(tower: Module, name: str, call: Callable[..., mx.array]) -> None:
+    """Replace what modules of the class `name` compute."""
+    for module in tower.modules():
+        if (base := type(module)).__name__ == name:
+            module.__class__ = type(name, (base,), {"__call__": call})
+
+
+def _siglip_activations(tower: Module, config: Mapping[str, Any]) -> None:
+    """Give SigLIP its own GELU: mlx-vlm has that of CLIP for both."""
+    if config["vision_config"].get("model_type") == "clip_vision_model":
+        return
+    for module in tower.modules():
+        if type(module).__name__ == "FastGELUMLP":
+            module.activation_fn = nn.GELU(approx="tanh")
+
+
+def _idefics2(tower: Module, config: Mapping[str, Any]) -> None:
+    _siglip_activations(tower, config)
+    _set_call(tower, "VisionEmbeddings", _embed_idefics2)
+
+
+def _embed_idefics2(self: Any, x: mx.array, mask: mx.array) -> mx.array:
+    """Return the embeddings of the patches of views [n, height, width, 3] without padding.
+
+    mlx-vlm takes positions up to two rows and columns before those of the training.
+    """
+    rows, columns = (_nearest(size, self.num_patches) for size in mask.shape[1:])
+    places = mx.array((rows[:, None] * self.num_patches + columns).flatten())
+    made: mx.array = self.patch_embedding(x).flatten(1, 2) + self.position_embedding(places)
+    return made
+
+
+def _nearest(count: int, side: int) -> NDArray[np.int64]:
+    """Return where `count` patches lie among the `side` patches that a view has at most.
+
+    In float32, as in the training: rounding decides for patches between two places.
+    """
+    step, one = 1 / side, np.float32(1)
+    edges = (step + np.arange(side - 1) * step).astype(np.float32)
+    at = np.arange(count, dtype=np.float32) * (one / np.float32(count))
+    found: NDArray[np.int64] = np.searchsorted(
+        edges, np.minimum(at, one - np.float32(1e-6)), "right"
+    )
+    return found
+
+
+def _glm4v(tower: Module, config: Mapping[str, Any]) -> None:
+    _set_call(tower, "Glm4vVisionEmbeddings", _embed_glm4v)
+
+
+def _embed_glm4v(
+    self: Any,
+    embeddings: mx.array,
+    lengths: Sequence[int],
+    image_shapes: mx.array,
+    h_coords: mx.array,
+    w_coords: mx.array,
+) -> mx.array:
+    """Add positions to patches [rows, width]; `image_shapes` [n, 3] are frames, rows and columns.
+
+    They are interpolated in bicubic curves. mlx-vlm does it in lines, to zeros at the edges.
+    """
+    table = self.position_embedding.weight
+    side, found, first = math.isqrt(len(table)), [], 0
+    for length, (_, rows, columns) in zip(lengths, np.array(image_shapes).tolist(), strict=True):
+        lines = table.astype(mx.float32).reshape(side, -1)
+        lines = (mx.array(_bicubic(rows, side)) @ lines).reshape(rows, side, -1)
+        grid = (mx.array(_bicubic(columns, side)) @ lines).flatten(0, 1)
+        at = slice(first, first + int(length))
+        found.append(grid[h_coords[at].astype(mx.int32) * columns + w_coords[at].astype(mx.int32)])
+        first += int(length)
+    return embeddings + mx.concatenate(found).astype(table.dtype)
+
+
+def _bicubic(count: int, side: int) -> NDArray[np.float32]:
+    """Return the weights [count, side] that interpolate `side` values at `count` places."""
+    at = (np.arange(count) + 0.5) * side / count - 0.5
+    first = np.floor(at)
+    made = np.zeros((count, side))
+    for tap in range(-1, 3):
+        x = np.abs(at - first - tap)
+        inner = ((_SHARPNESS + 2) * x - (_SHARPNESS + 3)) * x * x + 1
+        outer = ((x - 5) * x + 8) * x * _SHARPNESS - 4 * _SHARPNESS
+        places = np.clip(first + tap, 0, side - 1).astype(int)
+        np.add.at(made, (np.arange(count), places), np.where(x <= 1, inner, outer))
+    return made.astype(np.float32)
+
+
+CORRECTIONS: Mapping[str, Callable[[Module, Mapping[str, Any]], None]] = {
+    "glm4v": _glm4v,
+    "glm4v_moe": _glm4v,
+    "granite_vision": _siglip_activations,
+    "idefics2": _idefics2,
+    "llava": _siglip_activations,
+    "llava_next": _siglip_activations,
+}
