@@ -19,25 +19,30 @@ from modelpack_engine.request import EngineRequest
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import picture, request
 
-#: The kinds for which mlx-vlm and transformers differ, and one with recurrent layers.
+#: The kinds whose classes transformers has, all of those among them that mlx-vlm gets wrong.
 ORACLE_KINDS = (
-    "gemma3", "gemma4", "glm4v", "granite_vision", "idefics2", "llava_next", "mllama", "paligemma",
-    "qwen3_5",
+    "aya_vision", "gemma3", "gemma4", "glm4v", "glm_ocr", "granite_vision", "idefics2", "idefics3",
+    "internvl", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3", "mllama",
+    "muse_glimmer", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm",
 )  # fmt: skip
 #: Parts whose names in transformers begin with "model.".
 _PARTS = (
     "connector.", "embed_vision.", "image_newline", "multi_modal_projector.", "vision_model.",
-    "vision_tower.",
+    "vision_tower.", "visual.",
 )  # fmt: skip
+_VISUAL = ("vision_tower.", "visual.")
+_FLAT = ("vision_tower.vision_model.", "vision_tower.")
 #: What else differs in names of tensors, by kind.
 _RENAMED = {
-    "glm4v": ("vision_tower.", "visual."),
-    "idefics2": ("language_model.", "model.text_model."),
+    **dict.fromkeys(("glm4v", "glm_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"), _VISUAL),
+    **dict.fromkeys(("lfm2_vl", "mistral3"), _FLAT),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), ("language_model.", "model.text_model.")),
     "mllama": ("vision_tower.", "vision_model."),
-    "qwen3_5": ("vision_tower.", "visual."),
 }
-#: Soft tokens that transformers gets types of, by kind.
-_SOFT = {"gemma3": tiny.SOFT, "gemma4": tiny.SOFT4, "glm4v": None, "qwen3_5": tiny.PAD}
+#: What configs of published models have, and the tiny ones leave to mlx-vlm.
+_VISION = {"internvl": {"attention_bias": True}, "mistral3": {"hidden_act": "silu"}}
+#: Kinds of which transformers gets a type of each token: 1 for those of pictures.
+_TYPED = ("gemma3", "gemma4", "glm4v", "glm_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl")
 ANSWERS = Path(__file__).parent / "transformers.json"
 _SHIFTED = ("layernorm.weight", "model.norm.weight", "q_norm.weight", "k_norm.weight")
 
@@ -57,6 +62,9 @@ def _config(kind: str) -> dict[str, Any]:
         config["text_config"] |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if kind == "granite_vision":
         config["model_type"] = "llava_next"
+    config["vision_config"] |= _VISION.get(kind, {})
+    if "text_config" not in config:  # Qwen2-VL's
+        return config
     text = config["text_config"]
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     config["text_config"] = {**text, "use_double_wide_mlp": True, "tie_word_embeddings": tied}
@@ -71,7 +79,7 @@ def _weights(kind: str) -> dict[str, mx.array]:
     for name, value in found.items():
         if kind == "qwen3_5" and name.startswith("language_model.") and name.endswith(_SHIFTED):
             value = value - 1
-        if "conv1d" in name:
+        if "conv1d" in name or ".conv.conv." in name:
             value = value.moveaxis(2, 1)
         elif value.ndim > 3:  # channels first
             value = value.moveaxis(-1, 1)
@@ -108,15 +116,22 @@ def tokens(kind: str) -> list[int]:
     given = {}
     if kind == "paligemma":
         given["token_type_ids"] = np.zeros_like(ids)
-    elif kind in _SOFT:
-        soft = _SOFT[kind] or tiny.config_of(kind)["image_token_id"]
+    elif kind in _TYPED:
+        soft = {"gemma3": tiny.SOFT, "gemma4": tiny.SOFT4}.get(kind)
+        soft = tiny.config_of(kind)["image_token_id"] if soft is None else soft
         types = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
         given[types] = (ids == soft).astype(np.int64)
     for name in made.media[0].inputs:
         parts = [np.asarray(media.inputs[name]) for media in made.media]
-        if kind == "idefics2":  # padded to the largest picture
-            given[name] = np.concatenate(_padded(parts), axis=1)
+        if kind in ("idefics2", "idefics3", "smolvlm"):  # padded to the largest picture
+            given[name] = np.concatenate(_padded(parts, 2), axis=1)
             continue
+        if kind == "lfm2_vl":
+            if name == "image_sizes":
+                continue
+            parts = _padded(parts, 1)
+        if kind == "mistral3" and name == "pixel_values":
+            parts = _padded(parts, 2)
         if kind == "gemma4":  # padded to the most patches of a picture, with positions of -1
             fill = -1 if name == "image_position_ids" else 0
             parts = [
@@ -127,11 +142,13 @@ def tokens(kind: str) -> list[int]:
     return _generated(model, ids, given, made.params.max_tokens)
 
 
-def _padded(parts: list[Any]) -> list[Any]:
-    """Return arrays [1, views, …, height, width], padded with zeros to the same size."""
-    most = np.max([part.shape[-2:] for part in parts], axis=0)
+def _padded(parts: list[Any], first: int) -> list[Any]:
+    """Return arrays padded with zeros, from axis `first` on, to the size of the largest."""
+    most = np.max([part.shape for part in parts], axis=0)
     return [
-        np.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, n) for n in most - part.shape[-2:]])
+        np.pad(
+            part, [(0, int(n) if axis >= first else 0) for axis, n in enumerate(most - part.shape)]
+        )
         for part in parts
     ]
 

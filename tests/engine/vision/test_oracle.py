@@ -1,4 +1,4 @@
-"""Where mlx-vlm and transformers differ, the tokens are those of transformers."""
+"""The tokens are those of transformers, also where mlx-vlm has others."""
 
 from __future__ import annotations
 
