@@ -33,17 +33,20 @@ def _set_call(tower: Module, name: str, call: Callable[..., mx.array]) -> None:
             module.__class__ = type(name, (base,), {"__call__": call})
 
 
-def _siglip_activations(tower: Module, config: Mapping[str, Any]) -> None:
+def _siglip(tower: Module, config: Mapping[str, Any]) -> None:
     """Give SigLIP its own GELU: mlx-vlm has that of CLIP for both."""
-    if config["vision_config"].get("model_type") == "clip_vision_model":
-        return
     for module in tower.modules():
-        if type(module).__name__ == "FastGELUMLP":
+        if isinstance(getattr(module, "activation_fn", None), nn.GELU):
             module.activation_fn = nn.GELU(approx="tanh")
 
 
+def _llava(tower: Module, config: Mapping[str, Any]) -> None:
+    if config["vision_config"].get("model_type") == "siglip_vision_model":
+        _siglip(tower, config)
+
+
 def _idefics2(tower: Module, config: Mapping[str, Any]) -> None:
-    _siglip_activations(tower, config)
+    _siglip(tower, config)
     _set_call(tower, "VisionEmbeddings", _embed_idefics2)
 
 
@@ -117,8 +120,9 @@ def _bicubic(count: int, side: int) -> NDArray[np.float32]:
 CORRECTIONS: Mapping[str, Callable[[Module, Mapping[str, Any]], None]] = {
     "glm4v": _glm4v,
     "glm4v_moe": _glm4v,
-    "granite_vision": _siglip_activations,
+    "granite4_vision": _siglip,
+    "granite_vision": _siglip,
     "idefics2": _idefics2,
-    "llava": _siglip_activations,
-    "llava_next": _siglip_activations,
+    "llava": _llava,
+    "llava_next": _llava,
 }
