@@ -41,7 +41,9 @@ def _siglip(tower: Module, config: Mapping[str, Any]) -> None:
 
 
 def _llava(tower: Module, config: Mapping[str, Any]) -> None:
-    if config["vision_config"].get("model_type") == "siglip_vision_model":
+    vision = config["vision_config"]
+    is_siglip = vision.get("model_type") == "siglip_vision_model"
+    if is_siglip and vision.get("hidden_act") != "quick_gelu":
         _siglip(tower, config)
 
 

@@ -1,0 +1,56 @@
+"""What is corrected in mlx-vlm's towers; `test_oracle.py` compares whole models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from modelpack_engine.vision.tower_corrections import _bicubic, _nearest, correct
+
+
+class Tower(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation_fn = nn.GELU(approx="fast")
+
+
+@pytest.mark.parametrize(
+    ("kind", "vision", "approximation"),
+    [
+        ("llava", {"model_type": "siglip_vision_model"}, "tanh"),
+        ("llava_next", {"model_type": "siglip_vision_model"}, "tanh"),
+        ("llava", {"model_type": "siglip_vision_model", "hidden_act": "quick_gelu"}, "fast"),
+        ("llava", {"model_type": "clip_vision_model"}, "fast"),
+        ("llava", {}, "fast"),
+        ("granite_vision", {}, "tanh"),
+        ("granite4_vision", {}, "tanh"),
+        ("idefics2", {}, "tanh"),
+        ("phi3_v", {}, "fast"),
+    ],
+)
+def test_activations(kind: str, vision: dict[str, Any], approximation: str) -> None:
+    correct(kind, tower := Tower(), {"vision_config": vision})
+    assert tower.activation_fn._approx == approximation
+
+
+@pytest.mark.parametrize("side", [8, 27, 70])
+def test_places_of_patches(side: int) -> None:
+    """They are whole numbers of patches before each one, in all sizes that a view may have."""
+    for count in range(1, side + 1):
+        found, exact = _nearest(count, side), np.arange(count) * side / count
+        assert found[0] == 0
+        assert (np.diff(found) >= 1).all()
+        # Where a patch begins between two places, or by rounding before the first of both.
+        assert ((found == np.floor(exact)) | (found == np.ceil(exact) - 1)).all()
+
+
+def test_bicubic_weights() -> None:
+    assert np.array_equal(_bicubic(24, 24), np.eye(24))
+    for count in (1, 7, 23, 50):
+        np.testing.assert_allclose(_bicubic(count, 24).sum(axis=1), 1, atol=1e-6)
+    # Between two values, by PyTorch's curve (Keys, 1981, with -0.75); the edge's are repeated.
+    np.testing.assert_allclose(_bicubic(2, 4)[0], [0.5, 0.59375, -0.09375, 0], atol=1e-6)
+    np.testing.assert_allclose(_bicubic(1, 4)[0], [-0.09375, 0.59375, 0.59375, -0.09375])
