@@ -79,7 +79,7 @@ def _subclass(made: Any, correction: Correction, config: Config) -> type[Module]
     return type(made.__name__, (made,), body)
 
 
-def _override(module: Module, call: Callable[..., mx.array]) -> None:
+def override(module: Module, call: Callable[..., mx.array]) -> None:
     """Replace the call of one module; `modules.PATCHES` no longer apply to its class."""
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__module__": __name__})
@@ -136,7 +136,7 @@ def _softmax_over_all_experts(model: Any, config: Config) -> None:
 
     for layer in model.layers:
         if hasattr(layer.feed_forward, "router"):
-            _override(layer.feed_forward, call)
+            override(layer.feed_forward, call)
 
 
 def _normalised_scores(model: Any, config: Config) -> None:
@@ -157,7 +157,7 @@ def _normalised_scores(model: Any, config: Config) -> None:
 
     for layer in model.layers:
         if getattr(layer.mlp, "top_k", 1) > 1:
-            _override(layer.mlp, call)
+            override(layer.mlp, call)
 
 
 def _norm_per_group(model: Any, config: Config) -> None:
@@ -176,7 +176,7 @@ def _norm_per_group(model: Any, config: Config) -> None:
     for layer in model.layers:
         mixer = getattr(layer, "mixer", None) or getattr(layer, "mamba", None)
         if mixer is not None:
-            _override(mixer.norm, call)
+            override(mixer.norm, call)
 
 
 def _exact_yarn_ramp(model: Any, config: Config) -> None:
@@ -230,7 +230,7 @@ def _router_bias(model: Any, weights: Tensors, sanitize: Sanitize) -> Tensors:
             continue
         block.moe_statics = Module()
         block.moe_statics.e_score_correction_bias = mx.zeros(value.shape)
-        _override(block, call)
+        override(block, call)
         biases[name] = value
     return {**sanitize(weights), **biases}
 

@@ -16,21 +16,23 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
+from modelpack_engine.patches.corrections import override
+
 #: Of bicubic interpolation, as in PyTorch.
 _SHARPNESS = -0.75
 
 
-def correct(kind: str, tower: Module, config: Mapping[str, Any]) -> None:
-    """Change a tower of the model type `kind`, before it gets weights; `config` is config.json."""
-    if (change := CORRECTIONS.get(kind)) is not None:
+def correct(tower: Module, config: Mapping[str, Any]) -> None:
+    """Correct a tower that was just made from `config`, the config.json."""
+    if (change := CORRECTIONS.get(config["model_type"])) is not None:
         change(tower, config)
 
 
-def _set_call(tower: Module, name: str, call: Callable[..., mx.array]) -> None:
+def _override_all(tower: Module, name: str, call: Callable[..., mx.array]) -> None:
     """Replace what modules of the class `name` compute."""
     for module in tower.modules():
-        if (base := type(module)).__name__ == name:
-            module.__class__ = type(name, (base,), {"__call__": call})
+        if type(module).__name__ == name:
+            override(module, call)
 
 
 def _siglip(tower: Module, config: Mapping[str, Any]) -> None:
@@ -49,7 +51,7 @@ def _llava(tower: Module, config: Mapping[str, Any]) -> None:
 
 def _idefics2(tower: Module, config: Mapping[str, Any]) -> None:
     _siglip(tower, config)
-    _set_call(tower, "VisionEmbeddings", _embed_idefics2)
+    _override_all(tower, "VisionEmbeddings", _embed_idefics2)
 
 
 def _embed_idefics2(self: Any, x: mx.array, mask: mx.array) -> mx.array:
@@ -78,7 +80,7 @@ def _nearest(count: int, side: int) -> NDArray[np.int64]:
 
 
 def _glm4v(tower: Module, config: Mapping[str, Any]) -> None:
-    _set_call(tower, "Glm4vVisionEmbeddings", _embed_glm4v)
+    _override_all(tower, "Glm4vVisionEmbeddings", _embed_glm4v)
 
 
 def _embed_glm4v(
@@ -95,9 +97,9 @@ def _embed_glm4v(
     """
     table = self.position_embedding.weight
     side, found, first = math.isqrt(len(table)), [], 0
+    places = table.astype(mx.float32).reshape(side, -1)
     for length, (_, rows, columns) in zip(lengths, np.array(image_shapes).tolist(), strict=True):
-        lines = table.astype(mx.float32).reshape(side, -1)
-        lines = (mx.array(_bicubic(rows, side)) @ lines).reshape(rows, side, -1)
+        lines = (mx.array(_bicubic(rows, side)) @ places).reshape(rows, side, -1)
         grid = (mx.array(_bicubic(columns, side)) @ lines).flatten(0, 1)
         at = slice(first, first + int(length))
         found.append(grid[h_coords[at].astype(mx.int32) * columns + w_coords[at].astype(mx.int32)])

@@ -147,7 +147,7 @@ def open_tower(
             tower = _tower_class(package)(config, table)
         else:
             tower = _cut_class(package, any_res=needs.any_res)(config, table)
-        correct(kind, tower, config)
+        correct(tower, config)
         given = tower.sanitize(dict(weights))
         if any(name.endswith(".scales") for name in given):
             _quantise(tower, config, given)

@@ -6,18 +6,18 @@ On a GPU, one kernel rotates queries and keys and gathers them and the values by
 
 from __future__ import annotations
 
-import importlib
 import logging
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.activations import swiglu
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.plan import vector_width
 from modelpack_engine.layers.kernels import take_rows
+from modelpack_engine.patches.corrections import override
 
 _log = logging.getLogger(__name__)
 #: The most by which the kernel may differ from MLX, in float32 and in 16 bits.
@@ -50,16 +50,12 @@ def window_class(base: Any) -> Any:
     """
     if not hasattr(base, "get_window_index"):
         return base
-    module: Any = importlib.import_module(base.__module__)
 
     def initialise(self: Any, config: Any) -> None:
         base.__init__(self, config)
         for block in self.blocks:
-            block.attn.__class__, block.mlp.__class__ = windowed, gated
-
-    def feed_forward(self: Any, x: mx.array) -> mx.array:
-        made: mx.array = self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
-        return made
+            override(block.attn, _attend)
+            override(block.mlp, _feed_forward)
 
     def get_window_index(self: Any, grid_thw: mx.array) -> tuple[mx.array, mx.array]:
         index, edges = base.get_window_index(self, grid_thw)
@@ -69,20 +65,6 @@ def window_class(base: Any) -> Any:
         angles = base.rot_pos_emb(self, grid_thw)  # the tower brings its rows in window order
         return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
-    def attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
-        joint = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
-        places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
-        on_gpu = _has_kernel(joint.dtype, *joint.shape[2:])
-        queries, keys, values = (by_kernel if on_gpu else by_mlx)(joint, rotary_pos_emb, places)
-        found = mx.fast.scaled_dot_product_attention(
-            *(each.swapaxes(1, 2) for each in (queries, keys, values)), scale=self.scale, mask=mask
-        )
-        found = found.swapaxes(1, 2).reshape(places.size, -1)
-        made: mx.array = self.proj(take_rows(found, kept) if on_gpu else found[kept])
-        return made
-
-    windowed = type("Attention", (module.Attention,), {"__call__": attend})
-    gated = type("MLP", (module.MLP,), {"__call__": feed_forward})
     body = {
         "__init__": initialise,
         "__module__": base.__module__,
@@ -90,6 +72,26 @@ def window_class(base: Any) -> Any:
         "rot_pos_emb": rot_pos_emb,
     }
     return type("VisionModel", (base,), body)
+
+
+def _attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
+    joint = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
+    places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
+    on_gpu = _has_kernel(joint.dtype, *joint.shape[2:])
+    queries, keys, values = (by_kernel if on_gpu else by_mlx)(joint, rotary_pos_emb, places)
+    found = mx.fast.scaled_dot_product_attention(
+        *(each.swapaxes(1, 2) for each in (queries, keys, values)), scale=self.scale, mask=mask
+    )
+    found = found.swapaxes(1, 2).reshape(places.size, -1)
+    if mask is not None:
+        found = take_rows(found, kept) if on_gpu else found[kept]
+    made: mx.array = self.proj(found)
+    return made
+
+
+def _feed_forward(self: Any, x: mx.array) -> mx.array:
+    made: mx.array = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    return made
 
 
 def by_mlx(joint: mx.array, angles: mx.array, places: mx.array) -> tuple[mx.array, ...]:
@@ -145,12 +147,6 @@ def _compare(dtype: mx.Dtype, heads: int, width: int) -> str | None:
 
 #: Whether patches are rotated and gathered by kernels on this device: None, or why not.
 verdict = launch.Verdict(_compare)
-
-
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    made: mx.array = nn.silu(gate) * up
-    return made
 
 
 @mx.compile  # otherwise each operation writes all heads to memory, in float32

@@ -32,18 +32,18 @@ class Tower(nn.Module):  # type: ignore[misc]
     ],
 )
 def test_activations(kind: str, vision: dict[str, Any], approximation: str) -> None:
-    correct(kind, tower := Tower(), {"vision_config": vision})
+    correct(tower := Tower(), {"model_type": kind, "vision_config": vision})
     assert tower.activation_fn._approx == approximation
 
 
 @pytest.mark.parametrize("side", [8, 27, 70])
 def test_places_of_patches(side: int) -> None:
-    """They are whole numbers of patches before each one, in all sizes that a view may have."""
+    """Each patch is at the place in which it begins, in all sizes that a view may have."""
     for count in range(1, side + 1):
         found, exact = _nearest(count, side), np.arange(count) * side / count
         assert found[0] == 0
         assert (np.diff(found) >= 1).all()
-        # Where a patch begins between two places, or by rounding before the first of both.
+        # Where it begins with a place, rounding may put it in the one before.
         assert ((found == np.floor(exact)) | (found == np.ceil(exact) - 1)).all()
 
 

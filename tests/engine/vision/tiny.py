@@ -502,8 +502,7 @@ def _peer(kind: str) -> tuple[Any, Any]:
     path = directory(kind)
     package, arguments = arguments_of(kind)
     model = package.Model(arguments)
-    config = config_of(kind)
-    correct(config["model_type"], model, config)
+    correct(model, config_of(kind))
     stored = SPECIMENS[kind].stored if kind in SPECIMENS else str
     weights: Any = mx.load(str(path / "model.safetensors"))
     model.load_weights([(n, weights[stored(n)]) for n, _ in tree_flatten(model.parameters())])
