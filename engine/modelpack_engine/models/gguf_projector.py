@@ -203,6 +203,7 @@ def _llava(encoder: Encoder) -> tuple[Config, Config]:
             )
         layer = int(layers[0])
     kind = "clip_vision_model" if is_clip else "siglip_vision_model"
+    # Files with another activation are refused.
     return {**encoder.sizes, "model_type": kind, "hidden_act": "quick_gelu"}, {
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": "default" if is_clip else "full",

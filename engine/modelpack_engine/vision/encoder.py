@@ -59,7 +59,7 @@ _TOLERANCE = 0.1
 _PROCESS_SECONDS = 0.01
 #: Steps without pictures, the last ones, whose median time is that of a slice.
 _MAX_TIMES = 15
-#: Seconds: a block takes longer for each of its tokens.
+#: The least estimate of the seconds that a block takes for each token.
 _LEAST_BLOCK_TIME = 1e-9
 #: What a tower encodes, by the name of the input that has its content.
 _KINDS = {"pixel_values": "picture", "input_features": "sound", "pixel_values_videos": "video"}

@@ -169,6 +169,13 @@ def whole(engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch) -> LlamaCppEn
     return engine
 
 
+def engine_of(files: ModelFiles, processor: MtmdProcessor) -> LlamaCppEngine:
+    """An engine of files that no store has, for three sequences."""
+    made = EngineConfig(device="cpu", max_num_seqs=3)
+    tokenizer = gguf_tokenizer_of(files)
+    return LlamaCppEngine(LlamaModel(files.weights), tokenizer, made, pictures=processor)
+
+
 def processor_of(engine: BaseEngine) -> MtmdProcessor:
     assert isinstance(engine.picture_processor, MtmdProcessor), engine.no_vision
     return engine.picture_processor
@@ -676,10 +683,7 @@ def test_pictures_in_both_directions(tmp_path: Path) -> None:
     found = {}
     for joint in (True, False):
         changed = media if joint else tuple(replace(m, bidirectional=()) for m in media)
-        engine = LlamaCppEngine(
-            LlamaModel(files.weights), gguf_tokenizer_of(files),
-            EngineConfig(device="cpu", max_num_seqs=2), pictures=processor,
-        )  # fmt: skip
+        engine = engine_of(files, processor)
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         engine.add_request("r", EngineRequest(ids, params, media=changed))
         entries: Any = ()
@@ -732,10 +736,7 @@ def test_a_type_that_only_mtmd_runs(tmp_path: Path) -> None:
         assert rows.shape == wanted.shape == (64, 64)
         assert np.abs(rows - np.array(wanted)).max() < 2e-3 * np.abs(rows).max()
 
-    engine = LlamaCppEngine(
-        LlamaModel(files.weights), gguf_tokenizer_of(files),
-        EngineConfig(device="cpu", max_num_seqs=3), pictures=processor,
-    )  # fmt: skip
+    engine = engine_of(files, processor)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     requests = [EngineRequest(ids, params, media=media) for ids, media in placed]
     found = answers(engine, *requests)

@@ -19,7 +19,8 @@ from modelpack_engine.request import EngineRequest
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import picture, request
 
-#: The kinds whose classes transformers has, all of those among them that mlx-vlm gets wrong.
+#: Kinds that transformers has, too, and among them all that mlx-vlm computes otherwise, but for
+#: gemma3n and granite4_vision.
 ORACLE_KINDS = (
     "aya_vision", "gemma3", "gemma4", "glm4v", "glm_ocr", "granite_vision", "idefics2", "idefics3",
     "internvl", "lfm2_vl", "llava", "llava_next", "llava_onevision", "mistral3", "mllama",

@@ -399,6 +399,27 @@ def test_embeddings_without_room_in_the_cache(monkeypatch: pytest.MonkeyPatch) -
     assert beside.tokens["one"] == tiny.expected("idefics3", ASK, [picture(3, 16, 64)])
 
 
+class Timed:
+    """Steps of an encoder, each of which takes as long as is added to `now`."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, advance: Callable[[TowerCall, int], int]
+    ) -> None:
+        monkeypatch.setattr(TowerCall, "advance", advance)
+        clock = SimpleNamespace(perf_counter=lambda: self.now)
+        monkeypatch.setattr(encoder_module, "time", clock)
+        self.now, self.encoder = 100.0, VisionEncoder(Tower())
+        self._user, self._media = Sequence("r", [1, 2, 3, 4], SamplingParams()), media_of(1)
+
+    def text(self, seconds: float) -> None:
+        self.encoder.begin_step()
+        self.now += seconds
+
+    def slice(self, *, after_prompts: bool = False) -> None:
+        self.encoder.begin_step(after_prompts=after_prompts)
+        assert not self.encoder.prepare(self._user, self._media, alone=False, in_slices=True)
+
+
 def test_a_slice_takes_as_long_as_a_step_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of text takes 30 seconds, a block two, and a slice one more."""
     given, left = list[int](), [0, 0]
@@ -410,25 +431,14 @@ def test_a_slice_takes_as_long_as_a_step_of_text(monkeypatch: pytest.MonkeyPatch
         evaluated = left.pop(0) if left else blocks
         return evaluated
 
-    monkeypatch.setattr(TowerCall, "advance", advance)
-    now = 100.0
-    monkeypatch.setattr(encoder_module, "time", SimpleNamespace(perf_counter=lambda: now))
-    encoder, user = VisionEncoder(Tower()), Sequence("r", [1, 2, 3, 4], SamplingParams())
-    media = media_of(1)
-
-    def text(seconds: float) -> None:
-        nonlocal now
-        encoder.begin_step()
-        now += seconds
+    timed = Timed(monkeypatch, advance)
 
     def step(seconds: float | None = None, *, after_prompts: bool = False) -> None:
-        nonlocal now
-        encoder.begin_step(after_prompts=after_prompts)
-        assert not encoder.prepare(user, media, alone=False, in_slices=True)
-        now += 30 + 1 + 2 * evaluated if seconds is None else seconds
+        timed.slice(after_prompts=after_prompts)
+        timed.now += 30 + 1 + 2 * evaluated if seconds is None else seconds
 
     for seconds in (20, 500, 30, 20, 40):
-        text(seconds)
+        timed.text(seconds)
     for _ in range(5):
         step()
     assert given == [1, 1, 1, 10, 14], "copied, built, then so many blocks as take 30 seconds"
@@ -452,17 +462,14 @@ def test_a_slice_takes_as_long_as_a_step_of_text(monkeypatch: pytest.MonkeyPatch
 
 
 def test_slices_grow_while_they_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever came before: a step of text once took as long as 30 steps with a slice."""
+    """A step with a slice takes less time than one of text."""
     given = list[int]()
-    monkeypatch.setattr(TowerCall, "advance", lambda _, blocks: given.append(blocks) or blocks)
-    now = 100.0
-    monkeypatch.setattr(encoder_module, "time", SimpleNamespace(perf_counter=lambda: now))
-    encoder, user = VisionEncoder(Tower()), Sequence("r", [1, 2, 3, 4], SamplingParams())
-    for seconds in (20, 20, *[19] * 60):
-        encoder.begin_step()
-        if seconds == 19:
-            assert not encoder.prepare(user, media_of(1), alone=False, in_slices=True)
-        now += seconds
+    timed = Timed(monkeypatch, lambda _, blocks: given.append(blocks) or blocks)
+    for _ in range(2):
+        timed.text(20)
+    for _ in range(60):
+        timed.slice()
+        timed.now += 19
     assert given[:7] == [1, 2, 4, 8, 16, 32, 64]
     assert len(given) == 60
     assert given[-1] == given[-2] == int(20 / (3 * encoder_module._LEAST_BLOCK_TIME))
