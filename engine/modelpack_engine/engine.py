@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from contextlib import ExitStack, contextmanager
@@ -35,7 +36,7 @@ import mlx.core as mx
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.attention.metadata import AdapterRows
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
-from modelpack_engine.core.batch import StepBatch, build_batch
+from modelpack_engine.core.batch import StepBatch, StepShape, build_batch
 from modelpack_engine.core.block_manager import BlockManager, root_hash
 from modelpack_engine.core.buckets import round_down
 from modelpack_engine.core.metrics import StepClock
@@ -52,6 +53,7 @@ from modelpack_engine.runner.continued import Continued, Expected
 from modelpack_engine.runner.cpu import CpuRunner
 from modelpack_engine.runner.kv_cache_size import (
     Sizes,
+    by_context,
     choose_sizes,
     limit_memory,
     max_num_seqs,
@@ -217,10 +219,15 @@ class Engine(BaseEngine):
         self._outputs = OutputProcessor(self._scheduler)
         self._in_flight: LaunchedStep | None = None
         self._clock = StepClock()
+        #: Shapes of steps that are not warmed up yet.
+        self._cold = deque[StepShape]()
         limit_memory(self.weight_bytes + self.kv_cache_bytes, self._sizes.step_bytes)
         if self.config.warm_up and on_gpu():
             most = self._speculator.most_rows if self._speculator else 0
-            dtype = self._runner.warm_up(self._sizes.step_shapes(self.config, most))
+            shapes = self._sizes.step_shapes(self.config, most)
+            first, later = by_context(shapes, self.config.block_size)
+            self._cold.extend(later)
+            dtype = self._runner.warm_up(first)
             self._sampler.warm_up(dtype or mx.float32)
             if self._speculator is not None:
                 self._speculator.warm_up()
@@ -312,7 +319,13 @@ class Engine(BaseEngine):
 
     def use_idle_time(self) -> bool:
         assert not self.has_work, "a request is unfinished"
-        return self._replays is not None and self._replays.use_idle_time()
+        if self._replays is not None and self._replays.use_idle_time():
+            return True
+        if self._cold:
+            if self._replays is not None:
+                self._replays.drop_ahead()
+            self._runner.warm_up([self._cold.popleft()])
+        return bool(self._cold)
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         events = super().abort(request_id, index)

@@ -9,6 +9,7 @@ requests of the full context can use. `step_shapes` lists the shapes of steps to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,6 +87,8 @@ _MOST_EXPERTS = 8
 
 #: Sizes of the mixed steps to warm up: decode rows, tokens of chunks, tokens of contexts.
 _MIXED_ROWS, _MIXED_CHUNKS, _USUAL_CONTEXT = (8, 32, 64, 128), (128, 256, 512), 1024
+#: Tokens of contexts whose steps are warmed up at load: requests take a while to reach longer ones.
+_FIRST_CONTEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,3 +522,12 @@ def step_shapes(
         if length <= round_up(max_chunk, buckets.chunk)
     ]
     return shapes
+
+
+def by_context(
+    shapes: Sequence[StepShape], block_size: int
+) -> tuple[list[StepShape], list[StepShape]]:
+    """Return the shapes to warm up at load, and those of long contexts, for idle time."""
+    columns = max(_FIRST_CONTEXT // block_size, min(shape.table_width for shape in shapes))
+    first = [shape for shape in shapes if shape.table_width <= columns]
+    return first, [shape for shape in shapes if shape.table_width > columns]

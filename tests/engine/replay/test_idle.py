@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from modelpack_engine import async_engine
+from modelpack_engine import engine as engine_module
 from modelpack_engine.async_engine import Abort, EngineCall, EngineLoop
 from modelpack_engine.core.batch import StepShape, padding_batch
 from modelpack_engine.engine import Engine
-from modelpack_engine.runner import replay
+from modelpack_engine.runner import kv_cache_size, replay
 from modelpack_engine.runner.model_layout import ModelLayout
 from modelpack_engine.runner.paged import Layout, PagedRunner
 from modelpack_engine.runner.recurrent import StateRows
@@ -253,6 +255,33 @@ def test_a_driver_that_fails_in_idle_time(
     assert not engine.use_idle_time()
     assert "MLX launches all steps from now on" in caplog.text
     assert SCENARIOS["batches"](engine) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_5", marks=pytest.mark.long)])
+def test_long_contexts_are_warmed_up(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Those of short ones are before the first request; no idle step changes what is cached."""
+    make = make_engine if name == "llama" else partial(test_hybrids.make_engine, name)
+    wanted, warm = by_mlx(SCENARIOS["batches"], make), PagedRunner.warm_up
+    shapes: list[StepShape] = []
+
+    def noted(self: PagedRunner, some: list[StepShape]) -> mx.Dtype | None:
+        shapes.extend(some)
+        return warm(self, some)
+
+    monkeypatch.setattr(PagedRunner, "warm_up", noted)
+    monkeypatch.setattr(engine_module, "on_gpu", lambda: True)
+    monkeypatch.setattr(kv_cache_size, "_FIRST_CONTEXT", 2 * 16)
+    engine = make()
+    assert {shape.table_width for shape in shapes} == {2}
+    assert SCENARIOS["batches"](engine) == wanted
+    first = len(shapes)
+    idle(engine)
+    assert {shape.table_width for shape in shapes[first:]} == {8, 16}
+    assert Counter(shapes) == Counter(engine._sizes.step_shapes(engine.config))
+    assert SCENARIOS["batches"](engine) == wanted
+    assert not engine.use_idle_time()
 
 
 @pytest.mark.long
