@@ -428,6 +428,18 @@ def _deepseek_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return mx.concatenate(parts if tower.global_view_pos == "head" else parts[::-1])
 
 
+def _qwen_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Qwen's: mlx-vlm puts them among the tokens, and has the host wait for the GPU meanwhile."""
+    kind = "image" if "pixel_values" in inputs else "video"
+    pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+    dtype = tower.vision_tower.patch_embed.proj.weight.dtype
+    made = tower.vision_tower(pixels.astype(dtype), inputs[f"{kind}_grid_thw"])
+    rows, deep = made if isinstance(made, tuple) else (made, [])
+    if tower.config.model_type.startswith("qwen3_5"):
+        deep = []  # its config may name layers, but the language model adds nothing to them
+    return mx.stack([rows, *deep]) if deep else cast(mx.array, rows)
+
+
 def _granite4_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     """Return what is added before each layer of `added_layers`, the first one's as embeddings."""
     config, sizes = tower.config, np.array(inputs["image_sizes"]).tolist()
@@ -475,6 +487,10 @@ def _minicpm_arguments(placed: mx.array, inputs: Mapping[str, mx.array]) -> dict
 ROWS: Mapping[str, Callable[[Any, Mapping[str, mx.array]], mx.array]] = {
     "deepseek_vl_v2": _deepseek_rows,
     "granite4_vision": _granite4_rows,
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+        _qwen_rows,
+    ),
 }
 #: By model type, what mlx-vlm's model is called with: from the rows of a picture, bool [rows], and
 #: the inputs of the encoder.

@@ -23,6 +23,7 @@ from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.patches.corrections import TEXT_PARTS
+from modelpack_engine.vision.grids import tower_class
 from modelpack_engine.vision.models import (
     CLASSES,
     GEMMA3_TOKENS,
@@ -39,7 +40,6 @@ from modelpack_engine.vision.tower_types import (
     ROWS,
     SOUND_PARTS,
 )
-from modelpack_engine.vision.windows import window_class
 
 
 class _Text:
@@ -271,7 +271,7 @@ def _tower_class(package: Any) -> Any:
         )
         self.language_model = _Text(table)
         tower, projector = needs.parts
-        setattr(self, tower, window_class(package.VisionModel)(self.config.vision_config))
+        setattr(self, tower, tower_class(package.VisionModel)(self.config.vision_config))
         self.audio_tower = self.embed_audio = None
         self.feature_scale = 1.0
         if config["model_type"] == "gemma4":
@@ -291,6 +291,11 @@ def _tower_class(package: Any) -> Any:
         self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
+        if inputs and (rows_of := ROWS.get(self.config.model_type)) is not None:
+            rows = rows_of(self, inputs)
+            if rows.shape[-2] != token_ids.size:
+                raise ValueError(f"{rows.shape[-2]} embeddings for {token_ids.size} tokens")
+            return rows
         given = dict(inputs)
         if self.masks_inputs:  # the mask that it returns is not used
             given["mask"] = mx.ones((1, token_ids.size), mx.int32)

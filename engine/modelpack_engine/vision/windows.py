@@ -1,4 +1,4 @@
-"""window_class: attention in windows for vision towers (Qwen2.5-VL), all windows in one call.
+"""attend: attention in windows for vision towers (Qwen2.5-VL), all windows in one call.
 
 On a GPU, one kernel rotates queries and keys and gathers them and the values by window. MLX takes
 14 kernels for that, a third of the tower's time on an H200.
@@ -12,71 +12,48 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.activations import swiglu
+from numpy.typing import NDArray
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.plan import vector_width
 from modelpack_engine.layers.kernels import take_rows
-from modelpack_engine.patches.corrections import override
 
 _log = logging.getLogger(__name__)
 #: The most by which the kernel may differ from MLX, in float32 and in 16 bits.
 _TOLERANCES = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 
-@lru_cache(maxsize=4)  # those of all layers for a picture
-def _windows(edges: tuple[int, ...]) -> tuple[mx.array, mx.array | None, mx.array]:
+@lru_cache(maxsize=8)  # windows and frames of several sizes, for all layers
+def _windows(edges: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array | None, mx.array]:
     """Return the rows of windows [windows, rows of the largest], their mask, and the rows to keep.
 
     Windows are the rows between successive `edges`. Rows of padding are the window's first row, and
-    masked: NaN stays in its picture where several are encoded together.
+    masked: NaN stays in its picture where several are encoded together. The mask is what is added
+    to scores, as MLX writes one for all heads in each layer if it gets bools on CUDA.
     """
     starts, sizes = np.array(edges[:-1]), np.diff(edges)
     offsets = np.arange(sizes.max())
     within = offsets < sizes[:, None]
-    places = mx.array((starts[:, None] + np.where(within, offsets, 0)).astype(np.int32))
-    mask = None if within.all() else mx.array(within[:, None, None])
-    return places, mask, mx.array(np.flatnonzero(within).astype(np.int32))
+    with mx.stream(mx.cpu):  # the GPU's steps go on
+        places = mx.array((starts[:, None] + np.where(within, offsets, 0)).astype(np.int32))
+        kept, mask = mx.array(np.flatnonzero(within).astype(np.int32)), None
+        if not within.all():
+            added = np.where(within, 0, -np.inf)[:, None, None]
+            mask = mx.array(np.repeat(added, len(offsets), axis=2)).astype(dtype)
+        mx.eval(places, kept, *([] if mask is None else [mask]))
+    return places, mask, kept
 
 
-def window_class(base: Any) -> Any:
-    """Return a vision tower that attends in all windows at once, for one that has windows.
+def attend(
+    self: Any, x: mx.array, cu_seqlens: NDArray[np.int64], rotary_pos_emb: mx.array
+) -> mx.array:
+    """Return what an attention layer of Qwen2.5-VL's tower returns for rows `x` [rows, width].
 
-    It also computes SwiGLU in one kernel.
-
-    mlx-vlm's Qwen2.5-VL attends in one window after the other. Where windows fill a picture, it
-    adds empty ones, as transformers' does, and keeps them: on a GPU, attention over no rows ended
-    the process (SIGFPE, MLX 0.32.4).
+    Rows between successive `cu_seqlens` attend to each other. `rotary_pos_emb` [rows, width of a
+    head] has the cosines and sines of angles.
     """
-    if not hasattr(base, "get_window_index"):
-        return base
-
-    def initialise(self: Any, config: Any) -> None:
-        base.__init__(self, config)
-        for block in self.blocks:
-            override(block.attn, _attend)
-            override(block.mlp, _feed_forward)
-
-    def get_window_index(self: Any, grid_thw: mx.array) -> tuple[mx.array, mx.array]:
-        index, edges = base.get_window_index(self, grid_thw)
-        return index, mx.array(list(dict.fromkeys(edges.tolist())))
-
-    def rot_pos_emb(self: Any, grid_thw: mx.array) -> mx.array:
-        angles = base.rot_pos_emb(self, grid_thw)  # the tower brings its rows in window order
-        return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
-
-    body = {
-        "__init__": initialise,
-        "__module__": base.__module__,
-        "get_window_index": get_window_index,
-        "rot_pos_emb": rot_pos_emb,
-    }
-    return type("VisionModel", (base,), body)
-
-
-def _attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array) -> mx.array:
     joint = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
-    places, mask, kept = _windows(tuple(np.array(cu_seqlens).tolist()))
+    places, mask, kept = _windows(tuple(cu_seqlens.tolist()), joint.dtype)
     on_gpu = _has_kernel(joint.dtype, *joint.shape[2:])
     queries, keys, values = (by_kernel if on_gpu else by_mlx)(joint, rotary_pos_emb, places)
     found = mx.fast.scaled_dot_product_attention(
@@ -86,11 +63,6 @@ def _attend(self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.arr
     if mask is not None:
         found = take_rows(found, kept) if on_gpu else found[kept]
     made: mx.array = self.proj(found)
-    return made
-
-
-def _feed_forward(self: Any, x: mx.array) -> mx.array:
-    made: mx.array = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
     return made
 
 

@@ -66,8 +66,8 @@ def test_windows_that_fill_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny.tiny_engine("qwen2_5_vl", max_num_batched_tokens=256)
     assert engine.vision is not None
     model: Any = engine.vision.encoder._model
-    _, edges = model.vision_tower.get_window_index(mx.array([[1, 8, 8]]))
-    assert edges.tolist() == [0, 16, 32, 48, 64]
+    layout = model.vision_tower._layouts.find(model.vision_tower, ((1, 8, 8),))
+    assert layout.windows.tolist() == [0, 16, 32, 48, 64]
     found = run(engine, request(engine, *prompt))
     tower = tiny.arguments_of("qwen2_5_vl")[0].VisionModel
     of_peer = tower.get_window_index
@@ -79,23 +79,6 @@ def test_windows_that_fill_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tower, "get_window_index", windows)
     assert found == [tiny.expected("qwen2_5_vl", *prompt)]
-
-
-@pytest.mark.parametrize("grid", [(8, 8), (6, 10), (4, 14), (2, 2), (10, 6)])
-def test_all_windows_at_once(grid: tuple[int, int]) -> None:
-    """The tower's embeddings are those of mlx-vlm, which attends in one window after the other."""
-    vision = tiny.tiny_loaded("qwen2_5_vl").vision
-    assert vision is not None
-    model: Any = vision.encoder._model
-    package, arguments = tiny.arguments_of("qwen2_5_vl")
-    peer = package.VisionModel(arguments.vision_config)
-    peer.update(model.vision_tower.parameters())
-    mx.random.seed(0)
-    patches = mx.random.normal((grid[0] * grid[1], 3 * 2 * 4 * 4))
-    sizes = mx.array([[1, *grid]])
-    np.testing.assert_allclose(
-        model.vision_tower(patches, sizes), peer(patches, sizes), rtol=1e-4, atol=1e-4
-    )
 
 
 def test_rows_are_added_after_each_layer() -> None:
