@@ -88,7 +88,7 @@ def _encode(self: Any, patches: mx.array, grid_thw: mx.array) -> Any:
     layout = self._layouts.find(self, tuple(map(tuple, rows)))
     hidden = self.patch_embed(patches)
     if layout.added is not None:
-        hidden = hidden + layout.added
+        hidden = hidden + layout.added.astype(hidden.dtype)
     if layout.order is not None:
         hidden = hidden[layout.order]
     deep_blocks = getattr(self, "deepstack_visual_indexes", None)

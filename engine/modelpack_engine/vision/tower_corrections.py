@@ -79,6 +79,22 @@ def _nearest(count: int, side: int) -> NDArray[np.int64]:
     return found
 
 
+def _mllama(tower: Module, config: Mapping[str, Any]) -> None:
+    """Give masks the type of the states: MLX refuses mlx-vlm's, in float32, beside 16 bits."""
+    for module in tower.modules():
+        if type(module).__name__ == "MllamaVisionEncoder":
+            override(module, _with_typed_mask(type(module).__call__))
+
+
+def _with_typed_mask(call: Callable[..., Any]) -> Callable[..., Any]:
+    def encode(self: Any, hidden_states: mx.array, attention_mask: mx.array | None = None) -> Any:
+        if attention_mask is not None:
+            attention_mask = attention_mask.astype(hidden_states.dtype)
+        return call(self, hidden_states, attention_mask=attention_mask)
+
+    return encode
+
+
 def _glm4v(tower: Module, config: Mapping[str, Any]) -> None:
     _override_all(tower, "Glm4vVisionEmbeddings", _embed_glm4v)
 
@@ -129,4 +145,5 @@ CORRECTIONS: Mapping[str, Callable[[Module, Mapping[str, Any]], None]] = {
     "idefics2": _idefics2,
     "llava": _llava,
     "llava_next": _llava,
+    "mllama": _mllama,
 }

@@ -18,6 +18,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.base import Module
 
+from modelpack_engine.vision.grids import tower_class
+
 #: Before the names of Phi-4 Multimodal's tensors of its audio tower, after "model.".
 PHI4 = "embed_tokens_extend.audio_embed."
 
@@ -88,8 +90,19 @@ def _gemma3n_sound(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
     return filled.flatten(0, 1)
 
 
+def _qwen_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
+    """Qwen's: mlx-vlm puts them among the tokens, and has the host wait for the GPU meanwhile."""
+    kind = "image" if "pixel_values" in inputs else "video"
+    pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+    made = tower.vision_tower(pixels, inputs[f"{kind}_grid_thw"])
+    rows, deep = made if isinstance(made, tuple) else (made, [])
+    if tower.config.model_type.startswith("qwen3_5"):
+        deep = []  # its config may name layers, but the language model adds nothing to them
+    return mx.stack([rows, *deep]) if deep else cast(mx.array, rows)
+
+
 def _omni_parts(package: Any, config: Any) -> dict[str, Module]:
-    return {"vision_tower": package.VisionModel(config.vision_config)}
+    return {"vision_tower": tower_class(package.VisionModel)(config.vision_config)}
 
 
 def _omni_audio(package: Any, audio: Mapping[str, Any], config: Any) -> dict[str, Module]:
@@ -106,10 +119,7 @@ def _omni_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
         lengths = mx.array([features.shape[-1]] * len(features))
         joined = features.swapaxes(0, 1).flatten(1)
         return cast(mx.array, tower.audio_tower(joined, lengths))
-    kind = "video" if "video_grid_thw" in inputs else "image"
-    pixels = inputs["pixel_values_videos" if kind == "video" else "pixel_values"]
-    rows, added = tower.vision_tower(pixels, inputs[f"{kind}_grid_thw"])
-    return mx.stack([rows, *added]) if added else cast(mx.array, rows)
+    return _qwen_rows(tower, inputs)
 
 
 def _omni_names(weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -426,18 +436,6 @@ def _deepseek_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
         ended(tiles.reshape(rows * side, columns * side, width)),
     ]
     return mx.concatenate(parts if tower.global_view_pos == "head" else parts[::-1])
-
-
-def _qwen_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:
-    """Qwen's: mlx-vlm puts them among the tokens, and has the host wait for the GPU meanwhile."""
-    kind = "image" if "pixel_values" in inputs else "video"
-    pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
-    dtype = tower.vision_tower.patch_embed.proj.weight.dtype
-    made = tower.vision_tower(pixels.astype(dtype), inputs[f"{kind}_grid_thw"])
-    rows, deep = made if isinstance(made, tuple) else (made, [])
-    if tower.config.model_type.startswith("qwen3_5"):
-        deep = []  # its config may name layers, but the language model adds nothing to them
-    return mx.stack([rows, *deep]) if deep else cast(mx.array, rows)
 
 
 def _granite4_rows(tower: Any, inputs: Mapping[str, mx.array]) -> mx.array:

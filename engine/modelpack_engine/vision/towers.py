@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.layers.cross_attention import Crossing
@@ -160,7 +162,27 @@ def open_tower(
     if dtype is not None:
         tower.set_dtype(dtype)
     tower.eval()
+    tower.pixel_type = _type_of(tower)
     return tower
+
+
+def _type_of(tower: Module) -> mx.Dtype:
+    """Return the type that most weights have, or their scales if they are quantised."""
+    weights = dict(tree_flatten(tower.parameters())).values()
+    types = [value.dtype for value in weights if mx.issubdtype(value.dtype, mx.floating)]
+    found: mx.Dtype = Counter(types).most_common(1)[0][0]
+    return found
+
+
+def _typed(inputs: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Return inputs with pixels in `dtype`, as transformers has them.
+
+    The layers after them would otherwise compute in float32, and convert their weights each time.
+    """
+    return {
+        name: value.astype(dtype) if name.startswith("pixel_values") else value
+        for name, value in inputs.items()
+    }
 
 
 def _align(tower: Module) -> None:
@@ -291,6 +313,7 @@ def _tower_class(package: Any) -> Any:
         self.vision_feature_select_strategy = self.config.vision_feature_select_strategy
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
+        inputs = _typed(inputs, self.pixel_type)
         if inputs and (rows_of := ROWS.get(self.config.model_type)) is not None:
             rows = rows_of(self, inputs)
             if rows.shape[-2] != token_ids.size:
@@ -361,7 +384,7 @@ def _cut_class(package: Any, *, any_res: bool = False) -> Any:
         self.multiplier = _text_of(config).get("embedding_multiplier", 1.0)
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
-        given = dict(inputs)
+        given: dict[str, Any] = dict(inputs := _typed(inputs, self.pixel_type))
         if "pixel_values_videos" in inputs:  # the last frame has one more row, for a new line
             frames = inputs["pixel_values_videos"][:, None]
             rows = encoding.get_video_features(self, frames)
@@ -407,6 +430,7 @@ class _PartsTower(Module):  # type: ignore[misc]
             setattr(self, name, module)
         self._width, self._table = int(text["hidden_size"]), _Text(table)
         self.crossing: Crossing | None = None
+        self.pixel_type = mx.float32
         self._scale = self._width**0.5 if scale else 1.0
         self._soft_ids = [
             config.get("image_token_id"),
@@ -429,6 +453,7 @@ class _PartsTower(Module):  # type: ignore[misc]
 
     def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         """Return the embeddings of tokens, with those of a picture in their places."""
+        inputs = _typed(inputs, self.pixel_type)
         if inputs and self.crossing is not None:
             states = self._encode(self, inputs)
             return self.crossing.keys_and_values(states)

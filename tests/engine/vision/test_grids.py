@@ -43,7 +43,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3_omni_moe"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -60,8 +60,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
 def test_rows_are_those_of_mlx_vlm(kind: str, sizes: list[tuple[int, int, int]]) -> None:
     """Its towers attend in one window, and one frame, after the other."""
     model = model_of(kind)
-    package, arguments = tiny.arguments_of(kind)
-    peer = package.VisionModel(arguments.vision_config)
+    of_mlx_vlm = type(model.vision_tower).__mro__[1]
+    peer = of_mlx_vlm(model.vision_tower.config)
     peer.update(model.vision_tower.parameters())
     patches = patches_of(model, *sizes)
     for _ in range(2):  # the second time with positions that are kept
