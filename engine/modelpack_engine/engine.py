@@ -219,15 +219,17 @@ class Engine(BaseEngine):
         self._outputs = OutputProcessor(self._scheduler)
         self._in_flight: LaunchedStep | None = None
         self._clock = StepClock()
-        #: Shapes of steps that are not warmed up yet.
+        #: Shapes of steps that wait for idle time to be warmed up.
         self._cold = deque[StepShape]()
+        self._has_idle_time = False
         limit_memory(self.weight_bytes + self.kv_cache_bytes, self._sizes.step_bytes)
         if self.config.warm_up and on_gpu():
             most = self._speculator.most_rows if self._speculator else 0
             shapes = self._sizes.step_shapes(self.config, most)
-            first, later = by_context(shapes, self.config.block_size)
-            self._cold.extend(later)
-            dtype = self._runner.warm_up(first)
+            if not self.is_divided:  # an error in idle time would end all ranks
+                shapes, later = by_context(shapes, self._sizes.buckets, self.config.block_size)
+                self._cold.extend(later)
+            dtype = self._runner.warm_up(shapes)
             self._sampler.warm_up(dtype or mx.float32)
             if self._speculator is not None:
                 self._speculator.warm_up()
@@ -319,13 +321,24 @@ class Engine(BaseEngine):
 
     def use_idle_time(self) -> bool:
         assert not self.has_work, "a request is unfinished"
-        if self._replays is not None and self._replays.use_idle_time():
+        is_first, self._has_idle_time = not self._has_idle_time, True
+        if self._cold and not is_first:
+            self._warm_up(self._cold.popleft())
             return True
-        if self._cold:
+        return (self._replays is not None and self._replays.use_idle_time()) or bool(self._cold)
+
+    def _warm_up(self, shape: StepShape) -> None:
+        """Warm up a shape between requests; if that fails, warm up no others."""
+        try:
             if self._replays is not None:
                 self._replays.drop_ahead()
-            self._runner.warm_up([self._cold.popleft()])
-        return bool(self._cold)
+                self._replays.follow_mlx = True
+            self._runner.warm_up([shape])
+        except BaseException:
+            self._cold.clear()
+            self._blocks.forget_content()  # as after a step that fails
+            self.fail_all("a step could not be warmed up")
+            raise
 
     def abort(self, request_id: str, index: int | None = None) -> list[RequestEvent]:
         events = super().abort(request_id, index)

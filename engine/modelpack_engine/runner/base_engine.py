@@ -115,8 +115,8 @@ class BaseEngine(ABC):
     def use_idle_time(self) -> bool:
         """Do a piece of the work that waits for idle time; return whether there is more.
 
-        Call it while there is no work. A piece takes up to a second. Work waits from the first call
-        on; without calls, steps do it.
+        Call it while there is no work. The first call does nothing: from then on, work waits that
+        steps would do otherwise. A piece takes up to a second, or longer if a kernel is compiled.
         """
         return False
 

@@ -525,9 +525,13 @@ def step_shapes(
 
 
 def by_context(
-    shapes: Sequence[StepShape], block_size: int
+    shapes: Sequence[StepShape], buckets: Buckets, block_size: int
 ) -> tuple[list[StepShape], list[StepShape]]:
-    """Return the shapes to warm up at load, and those of long contexts, for idle time."""
-    columns = max(_FIRST_CONTEXT // block_size, min(shape.table_width for shape in shapes))
+    """Return the shapes to warm up at load, and those of long contexts, for idle time, in order.
+
+    Chunks come first: a recurrent model has no states before its first chunk.
+    """
+    columns = buckets.pad_table_width(-(-_FIRST_CONTEXT // block_size))
     first = [shape for shape in shapes if shape.table_width <= columns]
-    return first, [shape for shape in shapes if shape.table_width > columns]
+    later = [shape for shape in shapes if shape.table_width > columns]
+    return first, sorted(later, key=lambda shape: shape.decode_rows)

@@ -170,8 +170,8 @@ def _type_of(tower: Module) -> mx.Dtype:
     """Return the type that most weights have, or their scales if they are quantised."""
     weights = dict(tree_flatten(tower.parameters())).values()
     types = [value.dtype for value in weights if mx.issubdtype(value.dtype, mx.floating)]
-    found: mx.Dtype = Counter(types).most_common(1)[0][0]
-    return found
+    found = Counter(types).most_common(1)
+    return found[0][0] if found else mx.float32
 
 
 def _typed(inputs: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:

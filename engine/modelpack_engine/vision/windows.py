@@ -7,12 +7,13 @@ On a GPU, one kernel rotates queries and keys and gathers them and the values by
 from __future__ import annotations
 
 import logging
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.plan import vector_width
@@ -23,37 +24,46 @@ _log = logging.getLogger(__name__)
 _TOLERANCES = {mx.float32: 1e-5, mx.float16: 1e-2, mx.bfloat16: 5e-2}
 
 
-@lru_cache(maxsize=8)  # windows and frames of several sizes, for all layers
-def _windows(edges: tuple[int, ...], dtype: mx.Dtype) -> tuple[mx.array, mx.array | None, mx.array]:
-    """Return the rows of windows [windows, rows of the largest], their mask, and the rows to keep.
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Groups of rows that attend to each other.
 
-    Windows are the rows between successive `edges`. Rows of padding are the window's first row, and
-    masked: NaN stays in its picture where several are encoded together. The mask is what is added
-    to scores, as MLX writes one for all heads in each layer if it gets bools on CUDA.
+    `places` are the rows of each window [windows, rows of the largest]. Where windows have fewer
+    rows, `mask` [windows, 1, n, n] is what is added to scores, and `kept` are the places of rows.
+    """
+
+    places: mx.array
+    mask: mx.array | None
+    kept: mx.array
+
+
+def windows_between(edges: Sequence[int], dtype: mx.Dtype) -> Windows:
+    """Return the windows between successive `edges`, whose rows are in `dtype`.
+
+    Rows of padding are the window's first row, and masked: NaN stays in its picture where several
+    are encoded together. The mask is no bools: from these, MLX writes one for all heads in each
+    layer on CUDA. All arrays are evaluated, without the GPU's steps.
     """
     starts, sizes = np.array(edges[:-1]), np.diff(edges)
     offsets = np.arange(sizes.max())
     within = offsets < sizes[:, None]
-    with mx.stream(mx.cpu):  # the GPU's steps go on
-        places = mx.array((starts[:, None] + np.where(within, offsets, 0)).astype(np.int32))
-        kept, mask = mx.array(np.flatnonzero(within).astype(np.int32)), None
-        if not within.all():
-            added = np.where(within, 0, -np.inf)[:, None, None]
-            mask = mx.array(np.repeat(added, len(offsets), axis=2)).astype(dtype)
-        mx.eval(places, kept, *([] if mask is None else [mask]))
-    return places, mask, kept
+    places = mx.array((starts[:, None] + np.where(within, offsets, 0)).astype(np.int32))
+    kept, mask = mx.array(np.flatnonzero(within).astype(np.int32)), None
+    if not within.all():
+        added = np.where(within, 0, -np.inf).astype(np.float32)[:, None, None]
+        mask = mx.array(np.repeat(added, len(offsets), axis=2)).astype(dtype, stream=mx.cpu)
+        mx.eval(mask)
+    return Windows(places, mask, kept)
 
 
-def attend(
-    self: Any, x: mx.array, cu_seqlens: NDArray[np.int64], rotary_pos_emb: mx.array
-) -> mx.array:
+def attend(self: Any, x: mx.array, cu_seqlens: Windows, rotary_pos_emb: mx.array) -> mx.array:
     """Return what an attention layer of Qwen2.5-VL's tower returns for rows `x` [rows, width].
 
-    Rows between successive `cu_seqlens` attend to each other. `rotary_pos_emb` [rows, width of a
-    head] has the cosines and sines of angles.
+    `rotary_pos_emb` [rows, width of a head] has the cosines and sines of angles. The names are
+    those of mlx-vlm's blocks, which pass on both.
     """
     joint = self.qkv(x).reshape(len(x), 3, self.num_heads, -1)
-    places, mask, kept = _windows(tuple(cu_seqlens.tolist()), joint.dtype)
+    places, mask = cu_seqlens.places, cu_seqlens.mask
     on_gpu = _has_kernel(joint.dtype, *joint.shape[2:])
     queries, keys, values = (by_kernel if on_gpu else by_mlx)(joint, rotary_pos_emb, places)
     found = mx.fast.scaled_dot_product_attention(
@@ -61,7 +71,7 @@ def attend(
     )
     found = found.swapaxes(1, 2).reshape(places.size, -1)
     if mask is not None:
-        found = take_rows(found, kept) if on_gpu else found[kept]
+        found = take_rows(found, cu_seqlens.kept) if on_gpu else found[cu_seqlens.kept]
     made: mx.array = self.proj(found)
     return made
 

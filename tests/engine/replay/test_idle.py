@@ -257,31 +257,74 @@ def test_a_driver_that_fails_in_idle_time(
     assert SCENARIOS["batches"](engine) == wanted
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_5", marks=pytest.mark.long)])
-def test_long_contexts_are_warmed_up(
-    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Those of short ones are before the first request; no idle step changes what is cached."""
-    make = make_engine if name == "llama" else partial(test_hybrids.make_engine, name)
-    wanted, warm = by_mlx(SCENARIOS["batches"], make), PagedRunner.warm_up
-    shapes: list[StepShape] = []
+@pytest.fixture
+def warmed(monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
+    """The shapes that are warmed up, as on a GPU; contexts of more than two blocks are long."""
+    found: list[StepShape] = []
+    warm_up = PagedRunner.warm_up
 
-    def noted(self: PagedRunner, some: list[StepShape]) -> mx.Dtype | None:
-        shapes.extend(some)
-        return warm(self, some)
+    def noted(self: PagedRunner, shapes: list[StepShape]) -> mx.Dtype | None:
+        found.extend(shapes)
+        return warm_up(self, shapes)
 
     monkeypatch.setattr(PagedRunner, "warm_up", noted)
     monkeypatch.setattr(engine_module, "on_gpu", lambda: True)
     monkeypatch.setattr(kv_cache_size, "_FIRST_CONTEXT", 2 * 16)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen3_5", marks=pytest.mark.long)])
+def test_long_contexts_are_warmed_up(
+    driver: FakeDriver, warmed: list[StepShape], name: str
+) -> None:
+    """Short ones before the first request; those of idle time change nothing that is cached."""
+    make = make_engine if name == "llama" else partial(test_hybrids.make_engine, name)
     engine = make()
-    assert {shape.table_width for shape in shapes} == {2}
-    assert SCENARIOS["batches"](engine) == wanted
-    first = len(shapes)
+    assert {shape.table_width for shape in warmed} == {2}
+    first = len(warmed)
+    assert engine.use_idle_time()
+    assert len(warmed) == first, "a request may come before there is idle time"
+    found = conversation(engine)
+    before = written(engine)
+    assert engine.use_idle_time()
+    assert len(warmed) == first + 1
+    while engine._cold:
+        engine.use_idle_time()
+    for name, after in written(engine).items():
+        padding = 0 if name.startswith("pool") else len(after) // engine._sizes.num_blocks
+        assert after[padding:] == before[name][padding:], name
+    assert {shape.table_width for shape in warmed[first:]} == {8, 16}
+    assert Counter(warmed) == Counter(engine._sizes.step_shapes(engine.config))
+    decoding = [bool(shape.decode_rows) for shape in warmed[first:]]
+    assert decoding == sorted(decoding)
     idle(engine)
-    assert {shape.table_width for shape in shapes[first:]} == {8, 16}
-    assert Counter(shapes) == Counter(engine._sizes.step_shapes(engine.config))
-    assert SCENARIOS["batches"](engine) == wanted
+    assert conversation(engine) == found
+    idle(engine)
     assert not engine.use_idle_time()
+
+
+def test_a_warm_up_that_fails(
+    driver: FakeDriver,
+    warmed: list[StepShape],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is in the log, no other one is tried, and requests are answered."""
+    wanted = by_mlx(SCENARIOS["batches"], make_engine)
+    engine = make_engine()
+    assert SCENARIOS["batches"](engine) == wanted
+    engine.use_idle_time()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(PagedRunner, "warm_up", fail)
+    loop = EngineLoop(engine, queue.SimpleQueue(), lambda events: None)
+    for _ in range(2):
+        loop._use_idle_time()
+    assert caplog.messages.count("work in idle time failed") == 1
+    assert not engine.has_work
+    assert SCENARIOS["batches"](engine) == wanted
 
 
 @pytest.mark.long

@@ -20,6 +20,7 @@ from modelpack_engine.errors import EngineError, QueueFullError, RequestError
 from modelpack_engine.layers.cross_attention import Crossing
 from modelpack_engine.patches.modules import ClassSwaps, add_to_layers
 from modelpack_engine.request import EngineRequest, Media, SamplingParams
+from modelpack_engine.vision import grids as layouts
 from modelpack_engine.vision.encoder import HostCache, VisionEncoder, open_vision
 from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Picture
@@ -66,8 +67,9 @@ def test_windows_that_fill_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny.tiny_engine("qwen2_5_vl", max_num_batched_tokens=256)
     assert engine.vision is not None
     model: Any = engine.vision.encoder._model
-    layout = model.vision_tower._layouts.find(model.vision_tower, ((1, 8, 8),))
-    assert layout.windows.tolist() == [0, 16, 32, 48, 64]
+    layout = layouts._layout(model.vision_tower, ((1, 8, 8),), mx.float32)
+    assert layout.windows is not None
+    assert layout.windows.places.tolist() == np.arange(64).reshape(4, 16).tolist()
     found = run(engine, request(engine, *prompt))
     tower = tiny.arguments_of("qwen2_5_vl")[0].VisionModel
     of_peer = tower.get_window_index

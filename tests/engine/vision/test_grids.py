@@ -27,19 +27,16 @@ def patches_of(model: Any, *sizes: tuple[int, int, int]) -> mx.array:
 
 
 @pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
-    """The sizes whose positions mlx-vlm's towers compute."""
-    found: list[list[list[int]]] = []
-    for kind in ("qwen2_5_vl", "qwen3_vl"):
-        tower = tiny.arguments_of(kind)[0].VisionModel
-        compute = tower.rot_pos_emb
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[grids.Grids]:
+    """The sizes whose positions are computed."""
+    found: list[grids.Grids] = []
+    compute = grids._layout
 
-        def noted(self: Any, grid: mx.array, compute: Any = compute) -> mx.array:
-            found.append(grid.tolist())  # type: ignore[arg-type]
-            angles: mx.array = compute(self, grid)
-            return angles
+    def noted(tower: Any, sizes: grids.Grids, dtype: mx.Dtype) -> Any:
+        found.append(sizes)
+        return compute(tower, sizes, dtype)
 
-        monkeypatch.setattr(tower, "rot_pos_emb", noted)
+    monkeypatch.setattr(grids, "_layout", noted)
     return found
 
 
@@ -75,7 +72,7 @@ def test_rows_are_those_of_mlx_vlm(kind: str, sizes: list[tuple[int, int, int]])
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_sizes_used_last_are_kept(kind: str, computed: list[list[list[int]]]) -> None:
+def test_the_sizes_used_last_are_kept(kind: str, computed: list[grids.Grids]) -> None:
     model = model_of(kind)
     model.vision_tower._layouts = grids._Layouts()
     computed.clear()
@@ -86,15 +83,18 @@ def test_the_sizes_used_last_are_kept(kind: str, computed: list[list[list[int]]]
 
     for columns in (2, 4, 6, 8, 2, 10, 2, 8, 4, 6):
         encode(columns)
-    assert [grid[0][2] for grid in computed] == [2, 4, 6, 8, 10, 4, 6]
+    assert [columns for ((_, _, columns),) in computed] == [2, 4, 6, 8, 10, 4, 6]
     assert len(model.vision_tower._layouts._kept) == grids._MAX_GRIDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_evaluated(kind: str) -> None:
+def test_nothing_is_evaluated(
+    kind: str, computed: list[grids.Grids], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A graph is only built; else the host would wait for the steps that the GPU computes.
 
-    Nothing can be evaluated in a function that is traced.
+    In a function that is traced, nothing can be evaluated that depends on its arguments. What does
+    not is computed for the first picture of a size only.
     """
     model, size = model_of(kind), (1, 4, 6)
     token_ids = mx.full((6,), model.config.image_token_id)
@@ -106,7 +106,13 @@ def test_nothing_is_evaluated(kind: str) -> None:
 
     patches = patches_of(model, size)
     expected = embed(patches)
-    assert mx.allclose(mx.compile(embed)(patches), expected, atol=1e-5)
+    mx.eval(expected)
+    computed.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(mx, "eval", None)
+        again = mx.compile(embed)(patches)
+    assert not computed
+    assert mx.allclose(again, expected, atol=1e-5)
     if kind == "qwen3_vl":  # mlx-vlm's evaluates DeepStack's
         with pytest.raises(ValueError, match="eval"):
             mx.compile(lambda pixels: of_peer(model, token_ids, pixels, size))(patches)
