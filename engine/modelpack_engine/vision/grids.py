@@ -99,9 +99,13 @@ def _encode(self: Any, patches: mx.array, grid_thw: mx.array) -> Any:
         hidden = hidden[layout.order]
     deep_blocks = getattr(self, "deepstack_visual_indexes", None)
     deep: list[mx.array] = []
+    frames, windows = layout.frames, layout.windows
+    if isinstance(frames, Windows) and windows is not None:
+        heads = self.blocks[0].attn.num_heads
+        frames, windows = frames.for_heads(heads), windows.for_heads(heads)
     for number, block in enumerate(self.blocks):
-        is_whole = layout.windows is None or number in self.fullatt_block_indexes
-        edges = layout.frames if is_whole else layout.windows
+        is_whole = windows is None or number in self.fullatt_block_indexes
+        edges = frames if is_whole else windows
         hidden = block(hidden, cu_seqlens=edges, rotary_pos_emb=layout.angles)
         if deep_blocks is not None and number in deep_blocks:
             deep.append(self.deepstack_merger_list[deep_blocks.index(number)](hidden))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -29,20 +29,31 @@ class Windows:
     """Groups of rows that attend to each other.
 
     `places` are the rows of each window [windows, rows of the largest]. Where windows have fewer
-    rows, `mask` [windows, 1, n, n] is what is added to scores, and `kept` are the places of rows.
+    rows, `mask` [windows, 1, 1, n] is what is added to scores, and `kept` are the places of rows.
     """
 
     places: mx.array
     mask: mx.array | None
     kept: mx.array
 
+    def for_heads(self, count: int) -> Windows:
+        """Return windows with a mask that is written out for `count` heads, [windows, heads, n, n].
+
+        All layers of a call share it. MLX writes such a mask in each layer if it gets bools on
+        CUDA, and does not say whether cuDNN takes one that is repeated without being written.
+        """
+        if self.mask is None:
+            return self
+        windows, *_, size = self.mask.shape
+        whole = mx.broadcast_to(self.mask, (windows, count, size, size))
+        return replace(self, mask=mx.contiguous(whole))
+
 
 def windows_between(edges: Sequence[int], dtype: mx.Dtype) -> Windows:
     """Return the windows between successive `edges`, whose rows are in `dtype`.
 
     Rows of padding are the window's first row, and masked: NaN stays in its picture where several
-    are encoded together. The mask is no bools: from these, MLX writes one for all heads in each
-    layer on CUDA. All arrays are evaluated, without the GPU's steps.
+    are encoded together. All arrays are evaluated, without the GPU's steps.
     """
     starts, sizes = np.array(edges[:-1]), np.diff(edges)
     offsets = np.arange(sizes.max())
@@ -51,7 +62,7 @@ def windows_between(edges: Sequence[int], dtype: mx.Dtype) -> Windows:
     kept, mask = mx.array(np.flatnonzero(within).astype(np.int32)), None
     if not within.all():
         added = np.where(within, 0, -np.inf).astype(np.float32)[:, None, None]
-        mask = mx.array(np.repeat(added, len(offsets), axis=2)).astype(dtype, stream=mx.cpu)
+        mask = mx.array(added).astype(dtype, stream=mx.cpu)
         mx.eval(mask)
     return Windows(places, mask, kept)
 
