@@ -322,10 +322,11 @@ class Engine(BaseEngine):
     def use_idle_time(self) -> bool:
         assert not self.has_work, "a request is unfinished"
         is_first, self._has_idle_time = not self._has_idle_time, True
+        if self._replays is not None and self._replays.use_idle_time():
+            return True
         if self._cold and not is_first:
             self._warm_up(self._cold.popleft())
-            return True
-        return (self._replays is not None and self._replays.use_idle_time()) or bool(self._cold)
+        return bool(self._cold)
 
     def _warm_up(self, shape: StepShape) -> None:
         """Warm up a shape between requests; if that fails, warm up no others."""

@@ -87,7 +87,7 @@ _MOST_EXPERTS = 8
 
 #: Sizes of the mixed steps to warm up: decode rows, tokens of chunks, tokens of contexts.
 _MIXED_ROWS, _MIXED_CHUNKS, _USUAL_CONTEXT = (8, 32, 64, 128), (128, 256, 512), 1024
-#: Tokens of contexts whose steps are warmed up at load: requests take a while to reach longer ones.
+#: The longest contexts whose steps are warmed up at load; those of longer ones are in idle time.
 _FIRST_CONTEXT = 4096
 
 

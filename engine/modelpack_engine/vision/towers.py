@@ -167,18 +167,22 @@ def open_tower(
 
 
 def _type_of(tower: Module) -> mx.Dtype:
-    """Return the type that most weights have, or their scales if they are quantised."""
-    weights = dict(tree_flatten(tower.parameters())).values()
-    types = [value.dtype for value in weights if mx.issubdtype(value.dtype, mx.floating)]
-    found = Counter(types).most_common(1)
-    return found[0][0] if found else mx.float32
+    """Return the type of most weights, or of their scales if they are quantised."""
+    counts = Counter[mx.Dtype]()
+    for value in dict(tree_flatten(tower.parameters())).values():
+        if mx.issubdtype(value.dtype, mx.floating):
+            counts[value.dtype] += value.size
+    return counts.most_common(1)[0][0] if counts else mx.float32
 
 
 def _typed(inputs: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """Return inputs with pixels in `dtype`, as transformers has them.
+    """Return inputs with pixels in bfloat16 if weights are, as in transformers.
 
     The layers after them would otherwise compute in float32, and convert their weights each time.
+    float16 might be too small for what they compute.
     """
+    if dtype != mx.bfloat16:
+        return {**inputs}
     return {
         name: value.astype(dtype) if name.startswith("pixel_values") else value
         for name, value in inputs.items()

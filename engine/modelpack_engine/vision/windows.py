@@ -37,12 +37,12 @@ class Windows:
     kept: mx.array
 
     def for_heads(self, count: int) -> Windows:
-        """Return windows with a mask that is written out for `count` heads, [windows, heads, n, n].
+        """Return windows with a mask for `count` heads, [windows, heads, n, n], on CUDA.
 
-        All layers of a call share it. MLX writes such a mask in each layer if it gets bools on
-        CUDA, and does not say whether cuDNN takes one that is repeated without being written.
+        All layers of a call share it. If MLX gets bools there, it writes such a mask in each layer,
+        and it does not say whether cuDNN takes one that is repeated without being written.
         """
-        if self.mask is None:
+        if self.mask is None or launch.backend() != "cuda":
             return self
         windows, *_, size = self.mask.shape
         whole = mx.broadcast_to(self.mask, (windows, count, size, size))

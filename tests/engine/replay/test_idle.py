@@ -286,10 +286,11 @@ def test_long_contexts_are_warmed_up(
     assert len(warmed) == first, "a request may come before there is idle time"
     found = conversation(engine)
     before = written(engine)
-    assert engine.use_idle_time()
-    assert len(warmed) == first + 1
-    while engine._cold:
-        engine.use_idle_time()
+    while engine._replays is not None and engine._replays._noted:
+        assert engine.use_idle_time()
+        assert len(warmed) <= first + 1, "shapes that came are recorded first"
+    while engine.use_idle_time():
+        assert len(engine._cold) == len(engine._sizes.step_shapes(engine.config)) - len(warmed)
     for name, after in written(engine).items():
         padding = 0 if name.startswith("pool") else len(after) // engine._sizes.num_blocks
         assert after[padding:] == before[name][padding:], name
@@ -297,7 +298,6 @@ def test_long_contexts_are_warmed_up(
     assert Counter(warmed) == Counter(engine._sizes.step_shapes(engine.config))
     decoding = [bool(shape.decode_rows) for shape in warmed[first:]]
     assert decoding == sorted(decoding)
-    idle(engine)
     assert conversation(engine) == found
     idle(engine)
     assert not engine.use_idle_time()
