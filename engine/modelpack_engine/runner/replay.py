@@ -11,9 +11,9 @@ launches the other.
 
 Recording a shape takes as long as many steps, so if the engine has idle time, a shape that should
 be recorded waits for it. An example of its numbers is kept, with no slots to write keys, values and
-snapshots to. Its states go to rows that no sequence has, as none runs then. A shape that comes very
-often does not wait: the engine may never be idle. Nor does one with a draft or embeddings, whose
-memory changes when its sequences end.
+snapshots to, and with random embeddings. Its states go to rows that no sequence has, as none runs
+then. A shape that comes very often does not wait: the engine may never be idle. Nor does one with a
+draft, whose memory changes when its sequences end.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ _MOST_REFUSED, _FEW_ROWS = 3, 32
 #: Steps with the same adapters before one is recorded, at first and at most; graphs that run for
 #: as many steps, times the factor, have been worth it.
 _SETTLED_STEPS, _MOST_SETTLED, _LASTING = 128, 1 << 16, 16
+#: The most rows of a step with embeddings that is a graph: with more, the GPU takes longer than MLX
+#: to launch it, and the parts of new pictures have many shapes.
+_MOST_EMBEDDED_ROWS = 256
 #: What stays free on the GPU while a step is recorded for which no memory is planned.
 _SPARE_BYTES = 1 << 30
 #: The most graphs, each of some hundred kernels.
@@ -266,10 +269,14 @@ class _Shape:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Example:
-    """The numbers of a step that is recorded later, and the matrices of its adapters."""
+    """The numbers of a step that is recorded later, and the matrices of its adapters.
+
+    `embedded` is the width and the type of its embeddings, if it has any.
+    """
 
     numbers: NDArray[np.int32]
     of_adapters: list[mx.array]
+    embedded: tuple[int, mx.Dtype] | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -435,10 +442,11 @@ class Replays:
 
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step may be a graph, as far as its rows say."""
+        most = _MOST_EMBEDDED_ROWS if batch.media_rows else MOST_RECORDED_ROWS
         return not (
             self.gave_up or batch.prompt_logprob_rows
             or not 0 < len(batch.sample_rows) <= _MOST_TOKENS or not self._compiled.takes(batch)
-            or self._compiled.num_rows(batch)[1] > MOST_RECORDED_ROWS
+            or self._compiled.num_rows(batch)[1] > most
             or (batch.adapter_slots and not self._fuses_adapters())
         )  # fmt: skip
 
@@ -487,9 +495,9 @@ class Replays:
         if graph is None:
             self._seen[shape] += 1
             is_due = self._seen[shape] == (_FREQUENT_PROMPTS if batch.chunks else _FREQUENT)
-            if self._has_idle_time and draft is None and embed is None:
+            if self._has_idle_time and draft is None:
                 if is_due and self._may_record(shape):
-                    self._noted[shape] = _example(batch, packed, settings)
+                    self._noted[shape] = _example(batch, packed, settings, embed)
                 is_due = self._seen[shape] == _OVERDUE
                 if is_due:
                     self._noted.pop(shape, None)
@@ -572,7 +580,14 @@ class Replays:
         place = self._next_place()
         place.numbers[:count] = example.numbers
         place.numbers[count - _NUM_HALVES : count] = place.addresses.ravel()
-        self._graphs[shape] = self._record(shape, place, count, None, None, example.of_adapters)
+        embeddings = None
+        if example.embedded is not None:
+            width, dtype = example.embedded
+            rows = mx.random.normal((shape.num_rows, width), dtype, key=mx.random.key(0))
+            mx.eval(rows)
+            embeddings = _Embeddings(rows, *addresses([rows]))
+        of_adapters = example.of_adapters
+        self._graphs[shape] = self._record(shape, place, count, None, embeddings, of_adapters)
 
     def expected(
         self,
@@ -990,7 +1005,12 @@ class Replays:
             to += size
 
 
-def _example(batch: StepBatch, packed: PackedStep, settings: NDArray[np.int32]) -> _Example:
+def _example(
+    batch: StepBatch,
+    packed: PackedStep,
+    settings: NDArray[np.int32],
+    embed: Callable[[], mx.array] | None,
+) -> _Example:
     """Return an example of a step, with any tokens and no addresses, as `Replays._write` has it."""
     columns, rows = np.concatenate(packed.columns), packed.layout.rows
     packed.layout.clear_writes(columns)
@@ -998,7 +1018,9 @@ def _example(batch: StepBatch, packed: PackedStep, settings: NDArray[np.int32]) 
     ids = np.resize(np.array(batch.token_ids, np.int32), rows)
     index = np.arange(rows, dtype=np.int32) + (_MOST_TOKENS + length)
     parts = [columns, settings.ravel(), ids, index, np.zeros(_NUM_HALVES, np.int32)]
-    return _Example(np.concatenate(parts), packed.of_adapters)
+    embeddings = None if embed is None else embed()
+    embedded = None if embeddings is None else (embeddings.shape[1], embeddings.dtype)
+    return _Example(np.concatenate(parts), packed.of_adapters, embedded)
 
 
 def _ends(shape: _Shape, count: int, draft: DraftBehind | None) -> tuple[int, int, int]:

@@ -257,6 +257,39 @@ def test_a_driver_that_fails_in_idle_time(
     assert SCENARIOS["batches"](engine) == wanted
 
 
+def test_second_questions_about_pictures(
+    driver: FakeDriver, launched: list[Layout], recorded: list[Layout]
+) -> None:
+    """Their steps are recorded in idle time, with other embeddings than those of a picture."""
+    make = partial(test_replay.seeing_engine, "qwen2_5_vl")
+    scenario = test_replay.longer_questions
+    wanted, engine = by_mlx(scenario, make), make()
+    engine.use_idle_time()
+    assert scenario(engine) == wanted
+    assert not any(layout.tiles for layout in recorded), "a shape of one row is overdue"
+    idle(engine)
+    assert any(layout.axes == 3 and layout.tiles for layout in recorded)
+    count, copies = len(recorded), driver.num_copies
+    launched.clear()
+    engine._blocks.forget_content()  # the first questions are those of new pictures again
+    assert scenario(engine) == wanted
+    assert len(recorded) == count
+    assert any(layout.axes == 3 and layout.tiles for layout in launched)
+    assert driver.num_copies > copies
+
+
+def test_many_rows_of_pictures_are_launched_by_mlx(
+    driver: FakeDriver, launched: list[Layout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "_MOST_EMBEDDED_ROWS", 16)
+    make = partial(test_replay.seeing_engine, "qwen2_5_vl")
+    scenario = test_replay.longer_questions
+    wanted = by_mlx(scenario, make)
+    assert scenario(make()) == wanted
+    assert {layout.rows for layout in launched if layout.axes == 3} <= {16}
+    assert launched
+
+
 @pytest.fixture
 def warmed(monkeypatch: pytest.MonkeyPatch) -> list[StepShape]:
     """The shapes that are warmed up, as on a GPU; contexts of more than two blocks are long."""
