@@ -257,6 +257,7 @@ def test_a_driver_that_fails_in_idle_time(
     assert SCENARIOS["batches"](engine) == wanted
 
 
+@pytest.mark.long
 def test_second_questions_about_pictures(
     driver: FakeDriver, launched: list[Layout], recorded: list[Layout]
 ) -> None:
@@ -278,6 +279,7 @@ def test_second_questions_about_pictures(
     assert driver.num_copies > copies
 
 
+@pytest.mark.long
 def test_many_rows_of_pictures_are_launched_by_mlx(
     driver: FakeDriver, launched: list[Layout], monkeypatch: pytest.MonkeyPatch
 ) -> None:

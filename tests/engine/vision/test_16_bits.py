@@ -39,6 +39,7 @@ def check(directory: Path, dtype: mx.Dtype, place: Callable[[Vision], Media]) ->
     assert np.corrcoef(made)[0, 1] > 0.999
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", tiny.kinds(*tiny.KINDS))
 def test_pictures(kind: str, dtype: mx.Dtype) -> None:
@@ -51,6 +52,7 @@ def test_pictures(kind: str, dtype: mx.Dtype) -> None:
     check(tiny.directory(kind), dtype, place)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("kind", tiny.kinds(*watching.KINDS))
 def test_videos(kind: str, dtype: mx.Dtype) -> None:
