@@ -224,14 +224,16 @@ def _worker_of(file: Path) -> str:
 def _without_files(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
     """Return the arguments before the pictures, sounds and videos, and the files of these.
 
-    A bare name of no file is a word of the prompt; a path of no file raises `NotFoundError`.
+    A path of no file raises `NotFoundError`, as does a bare name after a prompt in quotes. After
+    single words, such a name is a word, too.
     """
     files: list[Path] = []
+    is_quoted = bool(re.search(r"\s", prompt[0])) if prompt else False
     for name in reversed(prompt):
         if not name.lower().endswith(_PICTURES + _SOUNDS + _VIDEOS):
             break
         if not Path(name).is_file():
-            if os.sep in name and not re.search(r"\s|://", name):
+            if (os.sep in name or is_quoted) and not re.search(r"\s|://", name):
                 raise NotFoundError(f"{name}: no such file", hint="check the path")
             break
         files.insert(0, Path(name))

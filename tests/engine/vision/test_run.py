@@ -67,6 +67,10 @@ def test_a_picture_that_does_not_exist(photo: Path, tmp_path: Path) -> None:
     found = ask(model, "What is it?", "pictures/phot.png", photo, "--store", tmp_path / "store")
     assert found.code == 3
     assert "pictures/phot.png: no such file" in found.err
+    found = ask(model, "What is it?", "phot.png", "--store", tmp_path / "store")
+    assert found.code == 3
+    assert "phot.png: no such file" in found.err
+    assert ask(model, "What", "is", "phot.png", "--store", tmp_path / "store").code == 0
     text = "What is at https://example.com/a.png"
     assert ask(model, text, "--store", tmp_path / "store").code == 0
 
