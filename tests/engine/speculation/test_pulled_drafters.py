@@ -253,7 +253,7 @@ def test_a_list_that_names_something_else(
 @tags_only
 @pytest.mark.parametrize("others", [7, 8])
 def test_a_drafter_behind_many_others(world: World, others: int) -> None:
-    """A pull tries eight drafters, in the order of digests, and reports that there are more."""
+    """A pull tries the eight drafters whose digests come first, and reports if there are more."""
     assert world.faulty is not None
     made = world.attach_drafter()
     real = world.manifest(made).descriptor
