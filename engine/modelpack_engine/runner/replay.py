@@ -584,8 +584,7 @@ class Replays:
         if example.embedded is not None:
             width, dtype = example.embedded
             rows = mx.random.normal((shape.num_rows, width), dtype, key=mx.random.key(0))
-            mx.eval(rows)
-            embeddings = _Embeddings(rows, *addresses([rows]))
+            embeddings = _placed(rows)
         of_adapters = example.of_adapters
         self._graphs[shape] = self._record(shape, place, count, None, embeddings, of_adapters)
 
@@ -787,9 +786,7 @@ class Replays:
     def _embedded(self, packed: PackedStep, embeddings: mx.array) -> _Embeddings:
         """Compute the embeddings of a batch's rows, in the order of the graph."""
         order = None if packed.order is None else mx.array(packed.order)
-        rows = mx.contiguous(packed.in_order(embeddings, order))
-        mx.eval(rows)
-        return _Embeddings(rows, *addresses([rows]))
+        return _placed(mx.contiguous(packed.in_order(embeddings, order)))
 
     def _copy(self, embeddings: _Embeddings, to: int) -> None:
         """Copy embeddings to where a graph reads them, in the order of the stream."""
@@ -1003,6 +1000,12 @@ class Replays:
         for size, address in zip(sizes, reads, strict=True):
             self.driver.copy_within(to, address, size, stream)
             to += size
+
+
+def _placed(rows: mx.array) -> _Embeddings:
+    """Evaluate embeddings and find where they are."""
+    mx.eval(rows)
+    return _Embeddings(rows, *addresses([rows]))
 
 
 def _example(

@@ -18,7 +18,7 @@ from mlx_lm.models.activations import swiglu
 from numpy.typing import NDArray
 
 from modelpack_engine.patches.corrections import override
-from modelpack_engine.vision.windows import Windows, attend, windows_between
+from modelpack_engine.vision.windows import Windows, attend, evaluated, windows_between
 
 #: The sizes whose positions a tower keeps.
 _MAX_GRIDS = 4
@@ -116,20 +116,23 @@ def _encode(self: Any, patches: mx.array, grid_thw: mx.array) -> Any:
 
 
 def _layout(tower: Any, grids: Grids, dtype: mx.Dtype) -> _Layout:
+    """Compute the layout of a call with patches in `dtype`."""
     merged, rotary = tower.spatial_merge_size, tower.rotary_pos_emb
-    at = np.concatenate([_positions(grid, merged) for grid in grids])
+    positions = [_positions(grid, merged) for grid in grids]
+    at = np.concatenate(positions)
     exponents = np.arange(0, rotary.dim, 2) / rotary.dim
     angles = (at[:, :, None] / rotary.theta**exponents).reshape(len(at), -1)
     frames = np.cumsum([0, *chain.from_iterable([y * x] * count for count, y, x in grids)])
     if hasattr(tower, "num_grid_per_side"):
-        learned = [_learned(tower.num_grid_per_side, grid, merged) for grid in grids]
+        side = tower.num_grid_per_side
+        learned = [_learned(side, *each) for each in zip(grids, positions, strict=True)]
         places, weights = (np.concatenate(each, axis=1) for each in zip(*learned, strict=True))
         return _Layout(
-            _floats(angles), frames, mx.array(places.astype(np.int32)),
-            _floats(weights[:, :, None], dtype),
+            evaluated(angles, mx.float32), frames, mx.array(places.astype(np.int32)),
+            evaluated(weights[:, :, None], dtype),
         )  # fmt: skip
     if not hasattr(tower, "get_window_index"):
-        return _Layout(_floats(angles), frames)
+        return _Layout(evaluated(angles, mx.float32), frames)
     side, unit, first = tower.window_size // merged // tower.patch_size, merged * merged, 0
     units, edges = list[_Integers](), [0]
     for grid in grids:
@@ -141,19 +144,12 @@ def _layout(tower: Any, grids: Grids, dtype: mx.Dtype) -> _Layout:
     order = (of_windows[:, None] * unit + np.arange(unit)).ravel()
     angles = angles[order]
     return _Layout(
-        _floats(np.concatenate([np.cos(angles), np.sin(angles)], axis=1)),
+        evaluated(np.concatenate([np.cos(angles), np.sin(angles)], axis=1), mx.float32),
         windows_between(frames.tolist(), dtype),
         windows=windows_between(edges, dtype),
         order=mx.array(order.astype(np.int32)),
         back=mx.array(np.argsort(of_windows).astype(np.int32)),
     )
-
-
-def _floats(values: NDArray[np.float64], dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Return an array that is evaluated, without the GPU's steps."""
-    made = mx.array(values.astype(np.float32)).astype(dtype, stream=mx.cpu)
-    mx.eval(made)
-    return made
 
 
 def _positions(grid: tuple[int, int, int], merged: int) -> _Integers:
@@ -169,15 +165,15 @@ def _positions(grid: tuple[int, int, int], merged: int) -> _Integers:
 
 
 def _learned(
-    side: int, grid: tuple[int, int, int], merged: int
+    side: int, grid: tuple[int, int, int], at: _Integers
 ) -> tuple[_Integers, NDArray[np.float64]]:
     """Return four learned positions of each patch, and their weights, [4, patches] each.
 
-    The picture is spread over the `side` x `side` positions, and each patch gets those around it
-    (bilinear interpolation, as in transformers' Qwen3-VL).
+    `at` [patches, 2] are the patches' rows and columns in the picture. It is spread over the `side`
+    x `side` positions, and each patch gets those around it (bilinear interpolation, as in
+    transformers' Qwen3-VL).
     """
     lines = [np.linspace(0, side - 1, count).astype(np.float32) for count in grid[1:]]
-    at = _positions(grid, merged)
     (y, x) = (line[places] for line, places in zip(lines, at.T, strict=True))
     top, left = y.astype(np.int64), x.astype(np.int64)
     bottom, right = np.minimum(top + 1, side - 1), np.minimum(left + 1, side - 1)

@@ -17,6 +17,7 @@ from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
 from modelpack_engine.patches.corrections import override
+from modelpack_engine.patches.modules import Call, ClassSwaps
 
 #: Of bicubic interpolation, as in PyTorch.
 _SHARPNESS = -0.75
@@ -81,18 +82,17 @@ def _nearest(count: int, side: int) -> NDArray[np.int64]:
 
 def _mllama(tower: Module, config: Mapping[str, Any]) -> None:
     """Give masks the type of the states: MLX refuses mlx-vlm's, in float32, beside 16 bits."""
+    swaps = ClassSwaps()
     for module in tower.modules():
         if type(module).__name__ == "MllamaVisionEncoder":
-            override(module, _with_typed_mask(type(module).__call__))
+            swaps.override(module, _encode_mllama)
 
 
-def _with_typed_mask(call: Callable[..., Any]) -> Callable[..., Any]:
-    def encode(self: Any, hidden_states: mx.array, attention_mask: mx.array | None = None) -> Any:
-        if attention_mask is not None:
-            attention_mask = attention_mask.astype(hidden_states.dtype)
-        return call(self, hidden_states, attention_mask=attention_mask)
-
-    return encode
+def _encode_mllama(
+    original: Call, self: Any, states: mx.array, attention_mask: mx.array | None = None
+) -> Any:
+    mask = None if attention_mask is None else attention_mask.astype(states.dtype)
+    return original(self, states, attention_mask=mask)
 
 
 def _glm4v(tower: Module, config: Mapping[str, Any]) -> None:

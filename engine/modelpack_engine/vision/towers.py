@@ -388,7 +388,8 @@ def _cut_class(package: Any, *, any_res: bool = False) -> Any:
         self.multiplier = _text_of(config).get("embedding_multiplier", 1.0)
 
     def embed(self: Any, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
-        given: dict[str, Any] = dict(inputs := _typed(inputs, self.pixel_type))
+        inputs = _typed(inputs, self.pixel_type)
+        given: dict[str, Any] = dict(inputs)
         if "pixel_values_videos" in inputs:  # the last frame has one more row, for a new line
             frames = inputs["pixel_values_videos"][:, None]
             rows = encoding.get_video_features(self, frames)

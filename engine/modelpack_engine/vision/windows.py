@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from modelpack_engine.kernels import launch
 from modelpack_engine.kernels.plan import vector_width
@@ -61,10 +62,15 @@ def windows_between(edges: Sequence[int], dtype: mx.Dtype) -> Windows:
     places = mx.array((starts[:, None] + np.where(within, offsets, 0)).astype(np.int32))
     kept, mask = mx.array(np.flatnonzero(within).astype(np.int32)), None
     if not within.all():
-        added = np.where(within, 0, -np.inf).astype(np.float32)[:, None, None]
-        mask = mx.array(added).astype(dtype, stream=mx.cpu)
-        mx.eval(mask)
+        mask = evaluated(np.where(within, 0, -np.inf)[:, None, None], dtype)
     return Windows(places, mask, kept)
+
+
+def evaluated(values: NDArray[np.float64], dtype: mx.Dtype) -> mx.array:
+    """Return values as an array that is evaluated, without the GPU's steps."""
+    made = mx.array(values.astype(np.float32)).astype(dtype, stream=mx.cpu)
+    mx.eval(made)
+    return made
 
 
 def attend(self: Any, x: mx.array, cu_seqlens: Windows, rotary_pos_emb: mx.array) -> mx.array:
