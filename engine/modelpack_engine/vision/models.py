@@ -169,6 +169,7 @@ CLASSES: Mapping[str, VisionClass] = {
         placeholder="<|image|>",
         mrope=True,
         language={"glm4v_moe_text": "glm4_moe", "glm4v_moe": "glm4_moe"},
+        batched=True,
     ),
     "glm_ocr": VisionClass(
         placeholder="<|image|>", mrope=True, language={"glm_ocr_text": "glm4"}, batched=True

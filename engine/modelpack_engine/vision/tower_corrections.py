@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from modelpack_engine.patches.corrections import override
 from modelpack_engine.patches.modules import Call, ClassSwaps
+from modelpack_engine.vision.windows import attend, windows_between
 
 #: Of bicubic interpolation, as in PyTorch.
 _SHARPNESS = -0.75
@@ -97,6 +98,8 @@ def _encode_mllama(
 
 def _glm4v(tower: Module, config: Mapping[str, Any]) -> None:
     _override_all(tower, "Glm4vVisionEmbeddings", _embed_glm4v)
+    for kind in ("Glm4v", "Glm4vMoe"):
+        _override_all(tower, f"{kind}VisionAttention", _attend_glm4v)
 
 
 def _embed_glm4v(
@@ -121,6 +124,19 @@ def _embed_glm4v(
         found.append(grid[h_coords[at].astype(mx.int32) * columns + w_coords[at].astype(mx.int32)])
         first += int(length)
     return embeddings + mx.concatenate(found).astype(table.dtype)
+
+
+def _attend_glm4v(
+    self: Any, x: mx.array, cu_seqlens: mx.array, rotary_pos_emb: mx.array
+) -> mx.array:
+    """Return what an attention layer returns for rows `x`; `cu_seqlens` are the pictures' edges.
+
+    mlx-vlm's `glm4v` always splits the rows in three: for one picture, two parts are empty, which
+    ends the process on CUDA, and of more than three pictures, all after the second are in the last
+    part. Its `glm4v_moe` writes a mask of all rows in each layer.
+    """
+    angles = mx.concatenate([mx.cos(rotary_pos_emb), mx.sin(rotary_pos_emb)], axis=-1)
+    return attend(self, x, windows_between(np.array(cu_seqlens).tolist(), x.dtype), angles)
 
 
 def _bicubic(count: int, side: int) -> NDArray[np.float32]:

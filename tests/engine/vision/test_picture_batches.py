@@ -67,11 +67,12 @@ def test_embeddings_are_those_of_single_pictures(kind: str) -> None:
     assert "pixel_values" in vision.encoder._batched, "open_vision has tried it"
     model, token_id = vision.encoder._model, vision.processor.image_token_id
     for height, width in ((20, 30), (64, 64), (100, 48)):
-        pictures = [picture(1, height, width), picture(2, width, height), picture(3, height, width)]
+        sizes = [(height, width), (width, height), *[(height, width)] * 3]
+        pictures = [picture(seed, *size) for seed, size in enumerate(sizes, 1)]
         media = [vision.processor.place([token_id], [each])[1][0] for each in pictures]
         shapes = {name: array.shape for name, array in media[0].inputs.items()}
         batch = [each for each in media if {n: a.shape for n, a in each.inputs.items()} == shapes]
-        assert len(batch) > 1
+        assert len(batch) > 3
         alone = [TowerCall(model, [each]).finish()[0] for each in batch]
         together = TowerCall(model, batch).finish()
         assert len(together) == len(batch)
@@ -268,10 +269,13 @@ class WideModel(SizedModel):
 
 
 class MixingModel:
-    """Adds each picture to the next, as a tower that attends to all of a call's would."""
+    """Adds pictures to the next ones, as a tower that attends to all of a call's would.
 
-    def __init__(self, model: VisionModel, message: str = "") -> None:
-        self._model, self._message = model, message
+    Those in the places before `first` are as alone.
+    """
+
+    def __init__(self, model: VisionModel, message: str, first: int) -> None:
+        self._model, self._message, self._first = model, message, first
 
     def embed(self, token_ids: mx.array, inputs: Mapping[str, mx.array]) -> mx.array:
         made = self._model.embed(token_ids, inputs)
@@ -279,15 +283,20 @@ class MixingModel:
             return made
         if self._message:
             raise ValueError(self._message)
-        return made + mx.roll(made, 16, 0)
+        is_mixed = mx.arange(len(made))[:, None] >= 16 * self._first
+        return made + mx.where(is_mixed, mx.roll(made, 16, 0), 0)
 
 
 @pytest.mark.parametrize(
-    ("message", "logged"),
-    [("", "together, they have other embeddings"), ("one grid only", "one grid only")],
+    ("message", "first", "logged"),
+    [
+        ("", 0, "together, they have other embeddings"),
+        ("", 2, "together, they have other embeddings"),  # as mlx-vlm's GLM-4V
+        ("one grid only", 0, "one grid only"),
+    ],
 )
 def test_a_tower_that_mixes_pictures_encodes_them_one_by_one(
-    message: str, logged: str, caplog: pytest.LogCaptureFixture
+    message: str, first: int, logged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     loaded = tiny.tiny_loaded("llava")
     assert loaded.vision is not None
@@ -297,7 +306,7 @@ def test_a_tower_that_mixes_pictures_encodes_them_one_by_one(
     with caplog.at_level(logging.WARNING):
         assert open_vision(model, *given).encoder._batched == PICTURES
         assert not caplog.records
-        assert not open_vision(MixingModel(model, message), *given).encoder._batched
+        assert not open_vision(MixingModel(model, message, first), *given).encoder._batched
     assert f"pictures are encoded one by one: {logged}" in caplog.text
 
 

@@ -505,3 +505,29 @@ def test_a_picture_of_a_call_is_not_encoded_with_others() -> None:
     encoder.begin_step()
     assert encoder.prepare(users[0], media[0], alone=True)
     assert (encoder.misses, {*encoder._calls}) == (3, set())
+
+
+@pytest.mark.sample(5)
+@pytest.mark.parametrize("kind", kinds(*KINDS))
+def test_attention_has_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention of no rows ends the process on CUDA, as with mlx-vlm's GLM-4V for one picture."""
+    sizes = list[int]()
+    attend = mx.fast.scaled_dot_product_attention
+
+    def watched(queries: mx.array, keys: mx.array, *args: object, **named: object) -> mx.array:
+        sizes.extend((queries.size, keys.size))
+        made: mx.array = attend(queries, keys, *args, **named)
+        return made
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    vision = tiny.tiny_loaded(kind).vision
+    assert vision is not None
+    place, token_id = vision.processor.place, vision.processor.image_token_id
+    try:
+        mx.disable_compile()  # mlx-vlm's may be traced before
+        for each in (picture(1), picture(1, 64, 96)):
+            TowerCall(vision.encoder._model, place([token_id], [each])[1]).finish()
+    finally:
+        mx.enable_compile()
+    assert all(sizes)
+    assert sizes or kind in ("gemma4_unified", "kimi_k25")  # none, and by other functions
