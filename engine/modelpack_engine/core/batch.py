@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+import numpy as np
+
 from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOutput
@@ -458,10 +460,10 @@ def rope_positions(media: tuple[Media, ...], start: int, stop: int) -> list[list
         if each.frame is None:
             first = each.start + shift
         before = each.frame or 0
-        for token in range(at - each.start, min(each.stop, stop) - each.start):
-            frame, place = divmod(token, height * width)
-            for column, offset in zip(found, (before + frame, *divmod(place, width)), strict=True):
-                column.append(first + offset)
+        tokens = np.arange(at - each.start, min(each.stop, stop) - each.start)
+        frame, place = np.divmod(tokens, height * width)
+        for column, offset in zip(found, (before + frame, *np.divmod(place, width)), strict=True):
+            column += (first + offset).tolist()
         at = max(at, min(each.stop, stop))
         shift = first + max(before + frames, height, width) - each.stop
     if at < stop:

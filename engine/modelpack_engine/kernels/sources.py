@@ -5,7 +5,7 @@ C++. The preamble is inside the function, before the body, since MLX passes thos
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `packed_strips`,
 `block_tiles`, `experts`, `experts_wide`, `shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`,
-`state_space_wide`, `usable`, `deliver` and `address` are for CUDA only.
+`state_space_wide`, `usable`, `deliver`, `fetch` and `address` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Body = Literal[
     "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
     "adapters_norm", "shrink_wide", "expand_wide", "convolve", "gated_norm", "linear_attention",
     "delta_tiles", "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address",
-    "beside", "gate", "windows",
+    "beside", "gate", "windows", "fetch",
 ]  # fmt: skip
 
 INPUTS: dict[Body, tuple[str, ...]] = {
@@ -92,6 +92,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "angles": ("first", "second", "third", "axis_of", "inverse"),
     "windows": ("joint", "angles", "index"),
     "deliver": ("numbers", "address"),
+    "fetch": ("source",),
     "address": tuple("abcdefgh"),
     "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
@@ -127,6 +128,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "draw": ("token", "next"),
     "usable": ("usable", "next"),
     "deliver": ("done",),
+    "fetch": ("out", "done"),
 }
 
 #: What stands for arrays that a kernel is made without (CUDA).

@@ -39,6 +39,7 @@ from modelpack_engine.vision.processor import (
 )
 from modelpack_engine.vision.sounds import Sound, SoundProcessor
 from modelpack_engine.vision.tower_call import BlockOutputs, TowerCall
+from modelpack_engine.vision.transfers import Arrival, Transfers
 from modelpack_engine.vision.videos import Video, VideoProcessor
 
 #: Bytes of embeddings that are kept, and for models with cross-attention, also pictures.
@@ -81,35 +82,36 @@ class HostCache:
     """Copies in host memory of the embeddings that `VisionEncoder` evicts (LRU).
 
     On CUDA, MLX moves an array that the host reads, which a step in flight may be using. `save`
-    therefore lets the device copy the bytes, and `collect` reads the copy before a later step, when
-    the device has made it. An embedding has a copy until the host's limit drops it.
+    therefore lets the device copy the bytes, and `collect`, which is called before each step, reads
+    the copies of the step before the last: the device has made them. An embedding has a copy until
+    the host's limit drops it.
     """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._saving: dict[Key, tuple[mx.array, mx.Dtype, tuple[int, ...]]] = {}
+    def __init__(self, max_bytes: int, transfers: Transfers) -> None:
+        self._max_bytes, self._transfers = max_bytes, transfers
+        self._saving: dict[Key, tuple[Arrival, mx.Dtype, tuple[int, ...]]] = {}
+        self._arriving = self._saving.copy()  # since the step before
         self._kept: OrderedDict[Key, tuple[NDArray[np.uint8], mx.Dtype, tuple[int, ...]]]
         self._kept = OrderedDict()
         #: The bytes of the copies.
         self.nbytes = 0
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._kept or key in self._saving
+        return key in self._kept or key in self._saving or key in self._arriving
 
     def save(self, key: Key, made: mx.array) -> None:
         """Start copying embeddings, unless there is a copy or they exceed the limit."""
         if key in self._kept:
             self._kept.move_to_end(key)
         elif made.nbytes <= self._max_bytes:
-            content = made.flatten().view(mx.uint8) | 0  # the view alone would share the memory
-            mx.async_eval(content)
-            self._saving[key] = content, made.dtype, made.shape
+            self._saving[key] = self._transfers.take(made), made.dtype, made.shape
 
     def collect(self) -> None:
-        """Move the copies that were started to host memory."""
-        saving, self._saving = self._saving, {}
-        for key, (content, dtype, shape) in saving.items():
-            self._kept[key] = np.array(content), dtype, shape
+        """Move the copies to host memory that were started before the last call."""
+        arriving, self._arriving, self._saving = self._arriving, self._saving, {}
+        for key, (arrival, dtype, shape) in arriving.items():
+            content = arrival.read()
+            self._kept[key] = content, dtype, shape
             self.nbytes += content.nbytes
             while self.nbytes > self._max_bytes:
                 _, (oldest, *_) = self._kept.popitem(last=False)
@@ -117,13 +119,14 @@ class HostCache:
 
     def load(self, key: Key) -> mx.array | None:
         """Return embeddings on the device with the bits that were saved; None without a copy."""
-        if key in self._saving:  # evicted in this step
+        if key not in self._kept and key in self:  # evicted in this step, or in the one before
+            self.collect()
             self.collect()
         if key not in self._kept:
             return None
         self._kept.move_to_end(key)
         content, dtype, shape = self._kept[key]
-        made = mx.array(content).view(dtype).reshape(shape)
+        made = self._transfers.send([content]).view(dtype).reshape(shape)
         mx.async_eval(made)
         return made
 
@@ -174,7 +177,8 @@ class VisionEncoder:
         self._model, self._max_bytes, self._hidden = model, max_bytes, hidden
         self._kept: OrderedDict[Key, mx.array] = OrderedDict()
         self._nbytes = 0
-        self._host = HostCache(host_bytes)
+        self._transfers = Transfers()
+        self._host = HostCache(host_bytes, self._transfers)
         self._step: dict[Key, mx.array] = {}  # those of the step being built
         self._num_encoded = 0  # calls of the tower in this step
         self._batched = frozenset(batched)
@@ -422,7 +426,9 @@ class VisionEncoder:
         if media not in self._single:
             batch = self._batch(key, processed, waiting)
         kind = _KINDS[_content(processed)]
-        call = TowerCall(self._model, [*batch.values()], [*batch], kind, self._outputs)
+        call = TowerCall(
+            self._model, [*batch.values()], [*batch], kind, self._outputs, self._transfers.send
+        )
         self._calls.update(dict.fromkeys([media, *batch.values()], call))
         return call
 

@@ -8,7 +8,7 @@ not for the whole tower. The embeddings are bit for bit those of one evaluation.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -17,10 +17,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
+from numpy.typing import NDArray
 
 from modelpack_engine.patches.modules import Call, ClassSwaps
 from modelpack_engine.request import Media
 from modelpack_engine.vision.models import VisionModel
+from modelpack_engine.vision.transfers import joined
 
 
 class BlockOutputs:
@@ -68,8 +70,9 @@ class BlockOutputs:
 class TowerCall:
     """One call of a tower for files whose inputs have the same shapes.
 
-    `keys` name the files, and `kind` is what they are in messages. All methods raise `ValueError`
-    if rows are missing, and what the model raises.
+    `keys` name the files, and `kind` is what they are in messages. `send` returns inputs of files
+    after each other on the device. All methods raise `ValueError` if rows are missing, and what the
+    model raises.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class TowerCall:
         keys: Sequence[tuple[bytes, bytes]] = (),
         kind: str = "",
         outputs: BlockOutputs | None = None,
+        send: Callable[[Sequence[NDArray[Any]]], mx.array] = joined,
     ) -> None:
         self.keys, self.kind = tuple(keys), kind
-        self._model, self._outputs = model, outputs
+        self._model, self._outputs, self._send = model, outputs, send
         # A call has no reference to its files: it ends with the requests that wait for it.
         self._given = [file.inputs for file in files]
         self._token_ids = [file.token_ids for file in files]
@@ -127,10 +131,7 @@ class TowerCall:
 
     def _copy(self) -> None:
         given, self._given = self._given, []
-        self._inputs = {
-            name: mx.array(np.concatenate([each[name] for each in given]) if given[1:] else one)
-            for name, one in given[0].items()
-        }
+        self._inputs = {name: self._send([each[name] for each in given]) for name in given[0]}
 
     def _build(self) -> None:
         token_ids = [token_id for each in self._token_ids for token_id in each]

@@ -118,6 +118,10 @@ class Host:
             (low, high), numbers = views["address"].view(np.uint32).ravel()[:2], views["numbers"]
             ctypes.memmove(int(low) | int(high) << 32, numbers.ctypes.data, numbers.nbytes)
             return
+        if instance.body == "fetch":
+            low, high, fours = views["source"].view(np.uint32).ravel()[:3].tolist()
+            ctypes.memmove(views["out"].ctypes.data, low | high << 32, 16 * fours)
+            return
         if instance.body == "prefill":  # tensor cores are not emulated
             _attend(views, dict(instance.types), dict(instance.constants))
             return

@@ -45,7 +45,7 @@ from modelpack_engine.layers import (
 from modelpack_engine.layers.weights import random_weights
 from modelpack_engine.runner import replay
 from modelpack_engine.sampling import delivery, sampler
-from modelpack_engine.vision import windows
+from modelpack_engine.vision import transfers, windows
 from tests.peers import require
 
 pytestmark = pytest.mark.long
@@ -402,6 +402,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "gated norm": lambda: gated_norm._compare(BF16),
     "linear attention": lambda: linear_attention._compare(BF16),
     "windows of patches": lambda: windows._compare(BF16, 16, 80),
+    "fetched numbers": lambda: transfers._fetch(0, 100),
     "adapters": lambda: adapters._compare(BF16),
     "adapters on tensor cores": lambda: adapters._products(BF16, wide=True),
 }

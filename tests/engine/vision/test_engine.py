@@ -24,6 +24,7 @@ from modelpack_engine.vision import grids as layouts
 from modelpack_engine.vision.encoder import HostCache, VisionEncoder, open_vision
 from modelpack_engine.vision.models import VisionModel
 from modelpack_engine.vision.processor import Picture
+from modelpack_engine.vision.transfers import Transfers
 from tests.engine.serving.tiny import tiny_engine as text_engine
 from tests.engine.vision import tiny
 from tests.engine.vision.tiny import (
@@ -386,18 +387,18 @@ class NumberingModel(CountingModel):
 
 
 def test_evicted_embeddings_return_from_the_host() -> None:
-    """The device has room for one of three pictures, the host for two."""
+    """The device has room for one of four pictures, the host for two."""
     model = NumberingModel()
     encoder = VisionEncoder(model, max_bytes=48, host_bytes=2 * 48)
-    media = [Media(0, (1, 2, 3), bytes([i]), {}) for i in range(3)]
+    media = [Media(0, (1, 2, 3), bytes([i]), {}) for i in range(4)]
     steps = [
         # the pictures of a step, their numbers, and how many the host keeps when it begins
         ([0, 1, 0], [1, 2, 1], 0),  # evicted and used again in one step
+        ([2], [3], 1),  # the last one is still arriving
+        ([3], [4], 2),
         ([1], [2], 2),
-        ([2], [3], 2),
-        ([0], [1], 2),
-        ([1], [4], 2),  # the host has dropped the least recently used
-        ([2], [3], 2),
+        ([0], [5], 2),  # the host has dropped the least recently used
+        ([3], [4], 2),
     ]
     for pictures, numbers, num_kept in steps:
         encoder.begin_step()
@@ -405,7 +406,7 @@ def test_evicted_embeddings_return_from_the_host() -> None:
         found = [tiny.embeddings(encoder, media[each]) for each in pictures]
         assert [each.tolist() for each in found] == [[[n] * 4] * 3 for n in numbers]
         assert encoder.nbytes == 48
-    assert (model.calls, encoder.hits, encoder.misses) == (4, 4, 4)
+    assert (model.calls, encoder.hits, encoder.misses) == (5, 3, 5)
 
 
 @pytest.mark.parametrize("kind", kinds("llava", "qwen3_vl", "mllama"))
@@ -414,7 +415,7 @@ def test_an_evicted_picture_is_not_encoded_again(kind: str) -> None:
     engine = tiny.tiny_engine(kind, enable_prefix_caching=False)
     assert engine.vision is not None
     encoder, text, other = engine.vision.encoder, "<image>What is it?", picture(4)
-    encoder._host = HostCache(1 << 24)
+    encoder._host = HostCache(1 << 24, encoder._transfers)
     for each, misses in ((ONE, 1), (other, 2), (ONE, 2), (other, 2)):
         expected = tiny.expected(kind, text, [each])
         assert run(engine, request(engine, text, [each])) == [expected]
@@ -433,17 +434,19 @@ def test_the_host_keeps_every_bit(dtype: mx.Dtype, shape: tuple[int, ...]) -> No
     size = (2 * int(np.prod(shape)) * dtype.size,)
     bits = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     made = mx.array(bits).view(dtype).reshape(*shape[:-1], -1)[..., ::2]
-    host, key = HostCache(made.nbytes), (b"", b"one")
+    host, key = HostCache(made.nbytes, Transfers()), (b"", b"one")
     host.save(key, made)
     host.collect()
+    assert (host.nbytes, key in host) == (0, True), "the device may be copying it"
+    host.collect()
+    assert host.nbytes == made.nbytes
     found = host.load(key)
     assert found is not None
     assert (found.dtype, found.shape) == (dtype, shape)
     number = {2: mx.uint16, 4: mx.uint32}[dtype.size]
     assert found.view(number).tolist() == made.view(number).tolist()
-    assert host.nbytes == made.nbytes
     host.save((b"", b"large"), mx.concatenate([made, made]))
-    host.collect()
+    assert (b"", b"large") not in host
     assert host.load(key) is not None, "what exceeds the limit drops nothing"
 
 
