@@ -460,11 +460,13 @@ def rope_positions(media: tuple[Media, ...], start: int, stop: int) -> list[list
         if each.frame is None:
             first = each.start + shift
         before = each.frame or 0
-        tokens = np.arange(at - each.start, min(each.stop, stop) - each.start)
-        frame, place = np.divmod(tokens, height * width)
-        for column, offset in zip(found, (before + frame, *np.divmod(place, width)), strict=True):
-            column += (first + offset).tolist()
-        at = max(at, min(each.stop, stop))
+        end = min(each.stop, stop)
+        if at < end:
+            frame, place = np.divmod(np.arange(at, end) - each.start, height * width)
+            offsets = before + frame, *np.divmod(place, width)
+            for column, offset in zip(found, offsets, strict=True):
+                column += (first + offset).tolist()
+            at = end
         shift = first + max(before + frames, height, width) - each.stop
     if at < stop:
         add_text(stop)

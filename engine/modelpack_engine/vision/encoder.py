@@ -83,8 +83,8 @@ class HostCache:
 
     On CUDA, MLX moves an array that the host reads, which a step in flight may be using. `save`
     therefore lets the device copy the bytes, and `collect`, which is called before each step, reads
-    the copies of the step before the last: the device has made them. An embedding has a copy until
-    the host's limit drops it.
+    the copies that were started in the step before the last: the device has made them. An embedding
+    has a copy until the host's limit drops it.
     """
 
     def __init__(self, max_bytes: int, transfers: Transfers) -> None:
@@ -103,11 +103,11 @@ class HostCache:
         """Start copying embeddings, unless there is a copy or they exceed the limit."""
         if key in self._kept:
             self._kept.move_to_end(key)
-        elif made.nbytes <= self._max_bytes:
+        elif key not in self and made.nbytes <= self._max_bytes:
             self._saving[key] = self._transfers.take(made), made.dtype, made.shape
 
     def collect(self) -> None:
-        """Move the copies to host memory that were started before the last call."""
+        """Read the copies that were started before the previous call."""
         arriving, self._arriving, self._saving = self._arriving, self._saving, {}
         for key, (arrival, dtype, shape) in arriving.items():
             content = arrival.read()
@@ -119,8 +119,7 @@ class HostCache:
 
     def load(self, key: Key) -> mx.array | None:
         """Return embeddings on the device with the bits that were saved; None without a copy."""
-        if key not in self._kept and key in self:  # evicted in this step, or in the one before
-            self.collect()
+        while key not in self._kept and key in self:  # evicted in this step, or in the one before
             self.collect()
         if key not in self._kept:
             return None
@@ -666,7 +665,7 @@ def _test(
 def _is_batched(model: Any, made: Mapping[Media, mx.array]) -> bool:
     """Return whether one call for files returns the embeddings `made` of calls for each.
 
-    The call has both files twice: towers that split pictures may take the first ones apart only.
+    The call has both files twice: some towers separate only the first pictures.
     """
     what = _KINDS[_content(next(iter(made)))]
     first, second = alone = [each.astype(mx.float32) for each in made.values()]

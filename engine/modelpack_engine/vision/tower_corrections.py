@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -136,7 +137,11 @@ def _attend_glm4v(
     part. Its `glm4v_moe` writes a mask of all rows in each layer.
     """
     angles = mx.concatenate([mx.cos(rotary_pos_emb), mx.sin(rotary_pos_emb)], axis=-1)
-    return attend(self, x, windows_between(np.array(cu_seqlens).tolist(), x.dtype), angles)
+    return attend(self, x, _windows(tuple(np.array(cu_seqlens).tolist()), x.dtype), angles)
+
+
+#: Of the last call, for all of its layers.
+_windows = lru_cache(maxsize=1)(windows_between)
 
 
 def _bicubic(count: int, side: int) -> NDArray[np.float32]:

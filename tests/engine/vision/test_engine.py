@@ -445,6 +445,17 @@ def test_the_host_keeps_every_bit(dtype: mx.Dtype, shape: tuple[int, ...]) -> No
     assert (found.dtype, found.shape) == (dtype, shape)
     number = {2: mx.uint16, 4: mx.uint32}[dtype.size]
     assert found.view(number).tolist() == made.view(number).tolist()
+    host.save(key, made)
+    host.collect()
+    host.save((b"", b"two"), made)
+    host.save((b"", b"two"), made)
+    host.collect()
+    host.save((b"", b"two"), made)
+    host.collect()
+    assert (host.nbytes, len(host._kept)) == (made.nbytes, 1), "the second drops the first"
+    host.save(key, made)
+    host.collect()
+    host.collect()
     host.save((b"", b"large"), mx.concatenate([made, made]))
     assert (b"", b"large") not in host
     assert host.load(key) is not None, "what exceeds the limit drops nothing"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
+from modelpack_engine.vision.tower_call import TowerCall
 from modelpack_engine.vision.tower_corrections import _bicubic, _nearest, correct
+from tests.engine.vision import tiny
 
 
 class Tower(nn.Module):  # type: ignore[misc]
@@ -45,6 +48,18 @@ def test_places_of_patches(side: int) -> None:
         assert (np.diff(found) >= 1).all()
         # Where it begins with a place, rounding may put it in the one before.
         assert ((found == np.floor(exact)) | (found == np.ceil(exact) - 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "glm4v_moe"])
+def test_patches_of_glm_attend_within_their_picture(kind: str) -> None:
+    """mlx-vlm's GLM-4V takes the first two pictures of a call apart only."""
+    vision = tiny.tiny_loaded(kind).vision
+    assert vision is not None
+    place, token_id = vision.processor.place, vision.processor.image_token_id
+    media = [place([token_id], [tiny.picture(seed, 36, 52)])[1][0] for seed in range(5)]
+    alone = [TowerCall(vision.encoder._model, [each]).finish()[0] for each in media]
+    together = TowerCall(vision.encoder._model, media).finish()
+    np.testing.assert_allclose(np.array(mx.stack(together)), np.array(mx.stack(alone)), atol=1e-4)
 
 
 def test_bicubic_weights() -> None:

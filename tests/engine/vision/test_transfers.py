@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -114,21 +115,128 @@ def test_other_arrays_are_left_to_mlx(gpu: Host, memory: Memory, part: NDArray[A
     assert not gpu.calls
 
 
-def test_places_are_used_in_turn(gpu: Host, memory: Memory) -> None:
-    """A place that is used again has a larger array then; what was on its way is not lost."""
+class Queue:
+    """Runs the kernels of transfers as a GPU does: once they are launched, and not at once."""
+
+    def __init__(self, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._built: list[Callable[[], None]] = []
+        self._launched: list[Callable[[], None]] = []
+        self._ends: list[mx.array] = []  # what is computed behind a kernel
+        self.waits = 0
+        run, launch_all, wait, free = Host._run, mx.async_eval, mx.eval, memory.free_host
+        fetch, deliver = transfers._fetch, transfers.deliver
+
+        def build(host: Host, made: Any, views: dict[str, Any], *rest: Any) -> None:
+            if made.body not in ("fetch", "deliver"):
+                run(host, made, views, *rest)
+                return
+            for name in {"numbers", "address", "source"} & views.keys():
+                views[name] = views[name].copy()  # the emulator keeps no array of the GPU
+            self._built.append(lambda: run(host, made, views, *rest))
+
+        def fetched(*given: Any) -> tuple[mx.array, mx.array]:
+            found, done = fetch(*given)
+            self._ends.append(done)
+            return found, done
+
+        def delivered(*given: Any) -> mx.array:
+            self._ends.append(deliver(*given))
+            return self._ends[-1]
+
+        def launch_some(*arrays: Any) -> None:
+            launch_all(*arrays)
+            self._launched += self._built
+            self._built.clear()
+
+        def finish(*arrays: Any) -> None:
+            wait(*arrays)
+            if any(array is end for array in arrays for end in self._ends):
+                self.waits += bool(self._launched)
+                launch_some()
+                self.run()
+
+        def free_host(address: int) -> None:
+            assert not self._launched, "a kernel uses it"
+            free(address)
+
+        monkeypatch.setattr(Host, "_run", build)
+        monkeypatch.setattr(transfers, "_fetch", fetched)
+        monkeypatch.setattr(transfers, "deliver", delivered)
+        monkeypatch.setattr(mx, "async_eval", launch_some)
+        monkeypatch.setattr(mx, "eval", finish)
+        monkeypatch.setattr(memory, "free_host", free_host)
+
+    @property
+    def num_launched(self) -> int:
+        """The kernels that are launched, and have not run."""
+        return len(self._launched)
+
+    def run(self) -> None:
+        """Run what is launched."""
+        for each in self._launched:
+            each()
+        self._launched.clear()
+
+
+@pytest.fixture
+def queue(gpu: Host, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Queue:
+    assert transfers.verdict() is None
+    return Queue(memory, monkeypatch)
+
+
+def test_no_place_is_overwritten_before_the_gpu_has_read_it(queue: Queue, memory: Memory) -> None:
+    """Nor is one freed that is too small."""
     moving = Transfers()
-    taken = [moving.take(mx.array(numbers(seed, 128, 128))) for seed in range(9)]
     sent = [moving.send([numbers(seed, 50 * seed, 512)]) for seed in range(1, 9)]
+    assert queue.waits == 8 - NUM_PLACES
     assert len(memory.used) == NUM_PLACES
-    assert {len(each) for each in memory.used.values()} == {1 << 19, 1 << 20}
-    for seed, arrival in enumerate(taken):
-        assert np.array_equal(arrival.read().view(np.float32), numbers(seed, 128 * 128))
-        assert arrival.read() is arrival.read()
+    assert {len(each) for each in memory.used.values()} == {1 << 20}
+    queue.run()
     for seed, found in enumerate(sent, 1):
         assert np.array_equal(np.array(found), numbers(seed, 50 * seed, 512))
+    moving.send([numbers(1, 128, 128)])
     del moving
     gc.collect()
     assert not memory.used
+    assert queue.waits == 8 - NUM_PLACES + 1
+
+
+def test_what_is_on_its_way_to_the_host_is_not_waited_for(
+    queue: Queue, gpu: Host, memory: Memory
+) -> None:
+    """MLX copies what has no place; bytes that nobody waits for free theirs."""
+    moving = Transfers()
+    gpu.calls.clear()
+    taken = [moving.take(mx.array(numbers(seed, 128, 128))) for seed in range(5)]
+    assert [body for body, _ in gpu.calls] == ["deliver"] * NUM_PLACES
+    assert (queue.waits, queue.num_launched, len(memory.used)) == (0, NUM_PLACES, NUM_PLACES)
+    for seed, arrival in enumerate(taken):
+        assert np.array_equal(arrival.read().view(np.float32), numbers(seed, 128 * 128))
+        assert arrival.read() is arrival.read()
+    for seed in range(NUM_PLACES):
+        taken[seed] = moving.take(mx.array(numbers(seed, 128, 128)))
+        assert last(gpu) == "deliver"
+    del taken
+    gpu.calls.clear()
+    found = moving.take(mx.array(numbers(7, 128, 128)))
+    assert last(gpu) == "deliver"
+    assert np.array_equal(found.read().view(np.float32), numbers(7, 128 * 128))
+
+
+def test_a_transfer_that_fails_spoils_no_other(gpu: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    moving = Transfers()
+
+    def fail(*arrays: mx.array) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mx, "async_eval", fail)
+        for _ in range(NUM_PLACES + 1):
+            with pytest.raises(RuntimeError, match="memory"):
+                moving.send([numbers(1, 128, 128)])
+    for seed in range(2 * NUM_PLACES):
+        found = moving.send([numbers(seed, 128, 128)])
+        assert np.array_equal(np.array(found), numbers(seed, 128, 128))
 
 
 def test_memory_that_is_refused_later(
@@ -148,8 +256,27 @@ def test_memory_that_is_refused_later(
 
 def test_a_driver_without_such_memory_is_a_reason(gpu: Host, memory: Memory) -> None:
     memory.limit = 0
+    transfers.verdict.cache_clear()
     assert transfers.verdict() == "cuMemHostAlloc failed: CUDA error 2"
     assert np.array_equal(np.array(Transfers().send([numbers(1, 128, 128)])), numbers(1, 128, 128))
+
+
+def test_memory_that_is_not_freed(
+    gpu: Host, memory: Memory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    moving = Transfers()
+    for seed in range(NUM_PLACES):
+        moving.send([numbers(seed, 128, 128)])
+
+    def refuse(address: int) -> None:
+        raise DriverError("cuMemFreeHost failed: CUDA error 1")
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(memory, "free_host", refuse)
+        del moving
+        gc.collect()
+    message = "page-locked memory is not freed: cuMemFreeHost failed: CUDA error 1"
+    assert caplog.messages == [message] * NUM_PLACES
 
 
 @pytest.mark.parametrize(("body", "side"), [("fetch", "the GPU"), ("deliver", "the host")])
