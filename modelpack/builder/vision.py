@@ -11,11 +11,16 @@ from typing import Any, Final
 
 from modelpack.builder.capabilities import LocalFile, json_of
 from modelpack.errors import NotFoundError, PackagingError
-from modelpack.formats.config_json import CONFIG_JSON, read_config_json, without_speech
+from modelpack.formats.config_json import (
+    CONFIG_JSON,
+    PROCESSOR_CONFIGS,
+    is_processor_config,
+    read_config_json,
+    without_speech,
+)
 
 _PARTS: Final = ("vision_config", "audio_config", "text_config")
 _ENCODERS: Final = ("vision_config", "audio_config", "audio_processor")
-_PROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
 _OTHER_PROCESSORS: Final = ("video_preprocessor_config.json", "image_processor_config.json")
 _TOKENS: Final = tuple(
     f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index")
@@ -40,16 +45,19 @@ def media_notes(files: Sequence[LocalFile]) -> tuple[str, ...]:
 
 def _processor_notes(files: Sequence[LocalFile], encoders: Sequence[str]) -> Iterator[str]:
     paths = {file.filepath: file.path for file in files}
-    for name in (*_PROCESSORS, *_OTHER_PROCESSORS):
+    has_settings = False
+    for name in (*PROCESSOR_CONFIGS, *_OTHER_PROCESSORS):
         if name in paths:
             try:
-                read_config_json(paths[name], strict=False)
+                document = read_config_json(paths[name], strict=False)
+                has_settings |= name in PROCESSOR_CONFIGS and is_processor_config(name, document)
             except (NotFoundError, ValueError) as error:
+                has_settings = True  # one note is enough
                 yield f"{name} is not usable, so the model reads text only: {error}"
-    if encoders and not any(name in paths for name in _PROCESSORS):
+    if encoders and not has_settings:
         yield (
-            f"{CONFIG_JSON} has {' and '.join(encoders)}, but there is no {_PROCESSORS[0]}, so the "
-            "model reads text only: add that of the original model"
+            f"{CONFIG_JSON} has {' and '.join(encoders)}, but there is no {PROCESSOR_CONFIGS[0]},"
+            " so the model reads text only: add that of the original model"
         )
 
 

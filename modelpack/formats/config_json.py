@@ -19,6 +19,8 @@ from modelpack.formats.json_reader import reject_constant
 from modelpack.formats.reader import WeightFile
 from modelpack.formats.tensors import TensorInfo
 
+#: The files that may have the settings of an image processor or a feature extractor.
+PROCESSOR_CONFIGS: Final = ("preprocessor_config.json", "processor_config.json")
 _WORD_BITS: Final = 32
 _AFFINE: Final = "affine"
 _BITS: Final = range(1, 17)
@@ -129,6 +131,17 @@ ENCODERS: Final = frozenset({
     "nomic-bert-moe", "roberta", "t5encoder", "xlm-roberta",
 })  # fmt: skip
 _SCORE_HEADS: Final = ("ForSequenceClassification", "ForTokenClassification")
+
+
+def is_processor_config(name: str, document: Mapping[str, Any]) -> bool:
+    """Return whether one of `PROCESSOR_CONFIGS` has the settings of a processor.
+
+    A processor_config.json may have none: it says how many tokens a picture has, for example.
+    """
+    if name == PROCESSOR_CONFIGS[0]:
+        return bool(document)
+    parts = ("image_processor", "feature_extractor")
+    return any(isinstance(document.get(part), Mapping) for part in parts)
 
 
 def read_config_json(path: Path, *, strict: bool) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from tests.packaging.trees import PAIR, package, write
 VLM: dict[str, Any] = {
     "vision_config": {"patch_size": 4}, "text_config": {"vocab_size": 300}, "image_token_id": 299,
 }  # fmt: skip
-SETTINGS = {"preprocessor_config.json": "{}"}
+SETTINGS = {"preprocessor_config.json": '{"do_resize": true}'}
 NO_SETTINGS = "there is no preprocessor_config.json"
 
 
@@ -33,7 +33,11 @@ CASES: list[tuple[Any, dict[str, str], list[str]]] = [
     (VLM, SETTINGS, []),
     (VLM, {"processor_config.json": '{"image_processor": {}}'}, []),
     (VLM, {}, [NO_SETTINGS]),
-    (VLM, {"sub/preprocessor_config.json": "{}"}, [NO_SETTINGS]),
+    (VLM, {"sub/preprocessor_config.json": '{"do_resize": true}'}, [NO_SETTINGS]),
+    (VLM, {"preprocessor_config.json": "{}"}, [NO_SETTINGS]),
+    (VLM, {"processor_config.json": '{"image_seq_len": 64}'}, [NO_SETTINGS]),
+    (VLM, {**SETTINGS, "processor_config.json": '{"image_seq_len": 64}'}, []),
+    ({"audio_config": {}}, {"processor_config.json": '{"feature_extractor": {}}'}, []),
     ({"audio_config": {}}, {}, ["has audio_config, but " + NO_SETTINGS]),
     ({"audio_config": {}, "vision_config": {}}, {}, ["has vision_config and audio_config"]),
     ({"vision_config": None}, {}, []),

@@ -18,6 +18,7 @@ from mlx.nn.layers.base import Module
 from modelpack.artifacts.model import CHAT_TEMPLATE
 from modelpack.errors import ModelpackError
 from modelpack.formats.adapter import Adapter, read_adapter_files
+from modelpack.formats.config_json import PROCESSOR_CONFIGS, is_processor_config
 from modelpack_engine.config import EngineConfig, parse_kv_cache_dtype
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.library import library
@@ -166,25 +167,48 @@ def load(
 
 
 def may_read_pictures(files: ModelFiles) -> bool:
-    """Return whether a model reads pictures here, by headers, if its files are complete."""
+    """Return whether a model reads pictures here, by headers and settings."""
     if files.format == "gguf":
         return files.projector is not None and gguf_projector.runs(files.projector)
-    return vision_models.may_read_pictures(files.json("config.json") or {})
+    if not vision_models.may_read_pictures(files.json("config.json") or {}):
+        return False
+    return _has_processor(files)
 
 
 def may_read_sounds(files: ModelFiles) -> bool:
-    """Return whether a model reads sounds here, by config.json, if its files are complete."""
+    """Return whether a model reads sounds here, by config.json and settings."""
     config = files.json("config.json") or {}
     decodes = importlib.util.find_spec("miniaudio") is not None
-    return decodes and vision_models.may_read_files(config) and has_sounds(config)
+    can = vision_models.may_read_files(config) and has_sounds(config)
+    return decodes and can and _has_processor(files)
 
 
 def may_read_videos(files: ModelFiles) -> bool:
-    """Return whether a model reads videos here, by config.json, if its files are complete."""
+    """Return whether a model reads videos here, by config.json and settings."""
     config = files.json("config.json") or {}
     decodes = importlib.util.find_spec("av") is not None
     can = vision_models.may_read_pictures(config) and config["model_type"] in VIDEO_CLASSES
-    return decodes and can and files.format != "gguf"
+    return decodes and can and files.format != "gguf" and _has_processor(files)
+
+
+def _has_processor(files: ModelFiles) -> bool:
+    try:
+        _processor_settings(files)
+    except EngineError:
+        return False
+    return True
+
+
+def _processor_settings(files: ModelFiles) -> Mapping[str, Any]:
+    """Return the settings of a model's image processor or feature extractor.
+
+    Raises `ModelLoadError` if it has none.
+    """
+    for name in PROCESSOR_CONFIGS:
+        settings = files.json(name)
+        if settings is not None and is_processor_config(name, settings):
+            return settings
+    raise ModelLoadError("the model has no preprocessor_config.json")
 
 
 def runs_packed(files: ModelFiles, config: EngineConfig, device: Device) -> bool:
@@ -417,9 +441,7 @@ def _with_vision(
     encode = partial(loaded.tokenizer.encode, add_special_tokens=False)
     sees = CLASSES[loaded.config["model_type"]].pictures
     try:
-        settings = files.json("preprocessor_config.json") or files.json("processor_config.json")
-        if settings is None:
-            raise ModelLoadError("the model has no preprocessor_config.json")
+        settings = _processor_settings(files)
         tower: Any = loaded.model
         config = loaded.config
         config = with_image_token(config, encode) if sees else with_sound_fields(config)

@@ -16,6 +16,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.models import LoadedModel, load
 from modelpack_engine.models.files import ModelFiles
+from modelpack_engine.models.loader import may_read_pictures
 from modelpack_engine.patches import mlx_vlm_imports
 from modelpack_engine.request import EngineRequest, SamplingParams
 from modelpack_engine.vision.models import vision_classes
@@ -279,10 +280,25 @@ def test_settings_that_are_wrong(settings: dict[str, object], message: str) -> N
         tiny.processor({**tiny.settings_of("llava"), **settings}, loaded.tokenizer.encode)
 
 
-def test_a_model_without_settings_reads_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ModelFiles.from_directory(tiny.directory("llava"))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preprocessor_config.json": "{}"},
+        {"processor_config.json": '{"image_seq_len": 64, "image_processor": null}'},
+    ],
+)
+def test_a_model_without_settings_reads_text(settings: dict[str, str], tmp_path: Path) -> None:
+    """Defaults of transformers would be those of another model."""
+    files = ModelFiles.from_directory(tiny.directory("qwen2_5_vl"))
     names = {name: path for name, path in files.names.items() if "processor" not in name}
-    loaded = load(ModelFiles(files.weights, files.format, names), device="cpu")
+    for name, text in settings.items():
+        (tmp_path / name).write_text(text)
+        names[name] = tmp_path / name
+    found = ModelFiles(files.weights, files.format, names)
+    assert may_read_pictures(files)
+    assert not may_read_pictures(found)
+    loaded = load(found, device="cpu")
     assert loaded.vision is None
     assert loaded.notes == ("pictures are not read: the model has no preprocessor_config.json",)
 
