@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from modelpack_engine.models.load_progress import LoadProgress
     from modelpack_engine.speech.async_transcriber import AsyncTranscriber
 
-PROMPT = "What is the capital of France?"
+#: The default prompts, by what they come with.
+PROMPTS = {
+    "text": "What is the capital of France?",
+    "picture": "What is in the picture?",
+    "sound": "What do you hear?",
+}
 
 # One token so often in a row is no language, whatever the model.
 _REPEATS = 12
@@ -127,7 +132,7 @@ def smoke_test(
     store: LayoutStore,
     config: EngineConfig | None = None,
     *,
-    prompt: str = PROMPT,
+    prompt: str = PROMPTS["text"],
     expect: str | None = None,
     min_tokens_per_second: float | None = None,
     max_tokens: int = 64,

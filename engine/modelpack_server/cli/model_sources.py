@@ -273,6 +273,11 @@ def add_file(files: FileStore, path: Path, progress: ProgressCallback | None = N
         request = PackageRequest(safetensors_dir=weights)
     elif weights.suffix == ".gguf":
         request = PackageRequest(gguf=weights, mmproj=projectors[0] if projectors else None)
+    elif weights.suffix == ".dduf":
+        raise UsageError(
+            f"{path} is a DDUF file, a model that generates images, which is not supported",
+            hint="open it with diffusers",
+        )
     else:
         raise UsageError(
             f"{path} is not a model", hint="give a GGUF file, or a directory of safetensors files"

@@ -224,17 +224,20 @@ def _worker_of(file: Path) -> str:
 def _without_files(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]]:
     """Return the arguments before the pictures, sounds and videos, and the files of these.
 
-    A path of no file raises `NotFoundError`, as does a bare name after a prompt in quotes. After
-    single words, such a name is a word, too.
+    A path of no file raises `NotFoundError`, as does a bare name after a prompt in quotes. There, a
+    file of any name is one of these, and its content says which. After single words, such names are
+    words, too.
     """
     files: list[Path] = []
     is_quoted = bool(re.search(r"\s", prompt[0])) if prompt else False
-    for name in reversed(prompt):
-        if not name.lower().endswith(_PICTURES + _SOUNDS + _VIDEOS):
-            break
+    for index, name in reversed([*enumerate(prompt)]):
+        is_named = name.lower().endswith(_PICTURES + _SOUNDS + _VIDEOS)
         if not Path(name).is_file():
-            if (os.sep in name or is_quoted) and not re.search(r"\s|://", name):
+            is_path = os.sep in name or is_quoted
+            if is_named and is_path and not re.search(r"\s|://", name):
                 raise NotFoundError(f"{name}: no such file", hint="check the path")
+            break
+        if not is_named and not (is_quoted and index):
             break
         files.insert(0, Path(name))
     return prompt[: len(prompt) - len(files)], files

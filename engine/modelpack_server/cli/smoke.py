@@ -94,8 +94,8 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
 
 @command(headings=ENGINE_HEADINGS, more=MORE_OPTIONS)
 @model_argument()
-@click.option("--prompt", default="What is the capital of France?", show_default=True,
-              help="Send this prompt.")  # fmt: skip
+@click.option("--prompt", help="Send this prompt. By default, ask for the capital of France, what "
+              "is in the picture, or what is heard.")  # fmt: skip
 @click.option(
     "--image", "images", multiple=True, metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -135,7 +135,7 @@ def test_result(report: SmokeReport) -> dict[str, Any]:
 def smoke(
     settings: Settings,
     model: str,
-    prompt: str,
+    prompt: str | None,
     images: tuple[Path, ...],
     sounds: tuple[Path, ...],
     adapters: tuple[tuple[str, str], ...],
@@ -153,9 +153,11 @@ def smoke(
 ) -> int:
     """Load MODEL, run a prompt and check the response; print a JSON report. Exit code 1: failed."""
     from modelpack_server import open_model
-    from modelpack_server.smoke_test import smoke_test
+    from modelpack_server.smoke_test import PROMPTS, smoke_test
     from modelpack_server.stored_models import looks_for_drafter
 
+    if prompt is None:
+        prompt = PROMPTS["picture" if images else "sound" if sounds else "text"]
     if merge and not adapters:
         raise UsageError("--merge requires --adapter")
     if len(adapters) > 1:

@@ -108,6 +108,8 @@ def test_files_are_read_where_they_are(tmp_path: Path) -> None:
     assert gguf.name not in [path.name for path in (tmp_path / "store").rglob("*")]
     with pytest.raises(UsageError, match="is not a model"):
         add_file(files, Path(__file__))
+    with pytest.raises(UsageError, match=r"a\.dduf is a DDUF file, a model that generates images"):
+        add_file(files, tmp_path / "a.dduf")
 
 
 def test_run_a_directory(

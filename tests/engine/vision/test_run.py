@@ -75,6 +75,22 @@ def test_a_picture_that_does_not_exist(photo: Path, tmp_path: Path) -> None:
     assert ask(model, text, "--store", tmp_path / "store").code == 0
 
 
+def test_a_picture_of_another_name(photo: Path, tmp_path: Path) -> None:
+    """After a prompt in quotes, a file is never sent as its name."""
+    model, store = tiny.directory("llava"), ("--store", tmp_path / "store")
+    expected = ask(model, "What is it?", photo, *store).json["text"]
+    for name in ("photo", "photo.heic"):
+        renamed = tmp_path / name
+        renamed.write_bytes(photo.read_bytes())
+        assert ask(model, "What is it?", renamed, *store).json["text"] == expected
+    renamed.write_text("a text")
+    found = ask(model, "What is it?", photo, renamed, *store)
+    assert found.code != 0
+    assert "photo.heic: the picture is refused: unknown format" in found.err
+    plain = ask(model, "explain", renamed, *store)
+    assert plain.code == 0, plain.err
+
+
 @pytest.mark.parametrize(
     ("content", "prompt", "message"),
     [
@@ -120,6 +136,8 @@ def test_smoke_with_a_picture(kind: str, photo: Path, tmp_path: Path) -> None:
     assert found["images"] == [f"sha256:{hashlib.sha256(photo.read_bytes()).hexdigest()}"]
     assert found["answer"]
     assert said(kind, PROMPT, picture(1)).startswith(found["answer"])
+    asked = smoke("tiny", "--image", photo, *store).json
+    assert asked["prompt"] == "What is in the picture?"
     plain = smoke("tiny", "--prompt", "What is it?", *store).json
     assert "images" not in plain
     assert plain["answer"] != found["answer"]
