@@ -210,17 +210,30 @@ def named_files(
 
 
 def check_added_files(request: PackageRequest) -> None:
-    """Check that runtimes can use the projector and the chat template of a planned request.
+    """Check that runtimes can use the GGUF files and the chat template of a planned request.
 
-    A projector is a GGUF of the architecture `clip` whose embeddings of pictures have the width of
-    the model's, if that is a GGUF file of the request. A chat template is UTF-8 and has Jinja tags;
-    if the extra `engine` is installed, its worker process also renders it once, within the limits
-    of the server. Raises `PackagingError` and `WeightFormatError`.
+    The model's GGUF file is no projector. That is a GGUF of the architecture `clip` whose
+    embeddings of pictures have the width of the model's, if that is a GGUF file of the request. A
+    chat template is UTF-8 and has Jinja tags; if the extra `engine` is installed, its worker
+    process also renders it once, within the limits of the server. Raises `PackagingError` and
+    `WeightFormatError`.
     """
+    if request.gguf is not None:
+        _check_weights(expanded(request.gguf))
     if request.mmproj is not None:
         _check_projector(expanded(request.mmproj), request.gguf)
     if request.chat_template is not None:
         _check_template(expanded(request.chat_template))
+
+
+def _check_weights(path: Path) -> None:
+    first = min(find_shards(path))
+    found = read_gguf_header(first).metadata.get("general.architecture")
+    if found is not None and found.value == PROJECTOR_ARCHITECTURE:
+        raise PackagingError(
+            f"--gguf {shown(path)} is a projector, which no runtime can run alone",
+            hint="give it by --mmproj, and the model by --gguf",
+        )
 
 
 def _check_projector(path: Path, gguf: Path | None) -> None:

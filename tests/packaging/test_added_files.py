@@ -50,6 +50,17 @@ def test_files_that_are_no_projector(
     assert blobs(tmp_path) == []
 
 
+def test_a_projector_that_is_given_as_the_model(tmp_path: Path) -> None:
+    write(tmp_path, {"eyes.gguf": PROJECTOR})
+    request = modelpack.PackageRequest(gguf=tmp_path / "eyes.gguf")
+    with pytest.raises(
+        PackagingError, match=r"eyes\.gguf is a projector, which no runtime"
+    ) as caught:
+        modelpack.package("team/m", request, store=LayoutStore(tmp_path / "store"))
+    assert caught.value.hint == "give it by --mmproj, and the model by --gguf"
+    assert blobs(tmp_path) == []
+
+
 def test_a_projector_and_a_template(tmp_path: Path) -> None:
     made = package(tmp_path, mmproj=PROJECTOR, chat_template=TEMPLATE)
     assert len(made.manifest.layers) == 3
