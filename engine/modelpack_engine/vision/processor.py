@@ -234,10 +234,14 @@ class MediaProcessor(ABC):
         count = sum(token_id in kinds for token_id in token_ids)
         if count != len(files):
             tokens = " and ".join([", ".join(named[:-1]), named[-1]] if named[1:] else named)
+            hint = f"leave {tokens} out of the text"
+            if count < len(files):
+                hint = f"use a chat template that shows {what}"
             raise RequestError(
-                f"the prompt has {count} placeholders {tokens} for {len(files)} {what}",
+                f"the prompt has {count} placeholders {tokens} for {len(files)}"
+                f" {what[:-1] if len(files) == 1 else what}",
                 param="messages",
-                hint=f"leave {tokens} out of the text",
+                hint=hint,
             )
         if self.max_pictures and count > self.max_pictures:
             raise RequestError(

@@ -163,6 +163,60 @@ def test_anthropic(llava: Served) -> None:
     assert counted["input_tokens"] > 16
 
 
+def test_pictures_of_tools_in_anthropic(llava: Served) -> None:
+    """A screenshot begins the user's turn: templates show texts of tools only."""
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(ONE).decode()}
+    seen, shot = {"type": "text", "text": "seen"}, {"type": "image", "source": source}
+
+    def ask(content: list[Any], *rest: Any) -> Any:
+        result = {"type": "tool_result", "tool_use_id": "t1", "content": content}
+        use = {"type": "tool_use", "id": "t1", "name": "screen", "input": {}}
+        body = {
+            "model": "tiny", "max_tokens": 8, "temperature": 0,
+            "messages": [
+                {"role": "user", "content": "look"},
+                {"role": "assistant", "content": [use]},
+                {"role": "user", "content": [result, *rest]},
+            ],
+        }  # fmt: skip
+        return llava.http.post("/v1/messages", json=body)
+
+    for rest in ([QUESTION], []):
+        expected, found = ask([seen], shot, *rest).json(), ask([seen, shot], *rest).json()
+        assert found["content"] == expected["content"]
+        counts = [
+            each["usage"]["input_tokens"] + each["usage"]["cache_read_input_tokens"]
+            for each in (expected, found)
+        ]
+        assert counts[0] == counts[1]
+    refused = ask([seen, {"type": "image", "source": source | {"data": 7}}])
+    assert refused.status_code == 400
+    assert "messages.2.content.0.content.1: " in refused.json()["error"]["message"]
+
+
+def test_pictures_of_tools_in_responses(llava: Served) -> None:
+    seen, shot = {"type": "input_text", "text": "seen"}, asked(ONE)["content"][0]
+
+    def ask(output: list[Any], *content: Any) -> Any:
+        items: list[Any] = [
+            {"role": "user", "content": "look"},
+            {"type": "function_call", "call_id": "t1", "name": "screen", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "t1", "output": output},
+        ]
+        items += [{"role": "user", "content": [*content]}] * bool(content)
+        body = {"model": "tiny", "temperature": 0, "max_output_tokens": 8, "ignore_eos": True}
+        return llava.http.post("/v1/responses", json=body | {"input": items})
+
+    question = {"type": "input_text", "text": "What is it?"}
+    for rest in ([question], []):
+        expected, found = ask([seen], shot, *rest).json(), ask([seen, shot], *rest).json()
+        assert found["output"][0]["content"] == expected["output"][0]["content"]
+        assert found["usage"]["input_tokens"] == expected["usage"]["input_tokens"]
+    refused = ask([seen, {"type": "input_image", "image_url": "data:image/png;base64,!"}])
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "input[2].output[1]"
+
+
 def test_anthropic_refuses_other_sources(llava: Served) -> None:
     for source, message in (
         ({"type": "url", "url": "https://example.com/a.png"}, "not fetched from the network"),
@@ -341,7 +395,7 @@ def test_bad_urls(llava: Served, given: Any, message: str) -> None:
     [
         ({"type": "image_url"}, "is not a string"),
         ({"type": "image_url", "image_url": []}, "is not a string"),
-        ({"type": "image", "picture": "x"}, "this model accepts text only, not 'image'"),
+        ({"type": "image", "picture": "x"}, "content[1]: parts of type 'image' are not known"),
         ({"type": "input_audio"}, "this model reads no sound: it has no audio tower"),
         ({"type": "image_url", "picture": 1, "image_url": url(b"")}, "the picture is empty"),
     ],
@@ -364,7 +418,7 @@ def test_a_placeholder_in_the_text(llava: Served) -> None:
     """It would take the picture's place, so the request is refused; text alone is as before."""
     refused = llava.chat([image(ONE), {"type": "text", "text": "an <image>?"}])
     assert refused.status_code == 400
-    assert "2 placeholders <image> for 1 pictures" in refused.json()["error"]["message"]
+    assert "2 placeholders <image> for 1 picture" in refused.json()["error"]["message"]
     assert llava.chat("an <image>?").status_code == 200
 
 

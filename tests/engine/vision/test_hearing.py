@@ -161,7 +161,7 @@ def test_every_embedding_has_a_token(count: int) -> None:
 
 def test_placeholders_of_another_kind(kind: str) -> None:
     engine = engine_of(kind)
-    with pytest.raises(RequestError, match=r"the prompt has 2 placeholders .* and .* for 1 files"):
+    with pytest.raises(RequestError, match=r"the prompt has 2 placeholders .* and .* for 1 file"):
         request(engine, "<image><audio>", [ONE])
     with pytest.raises(RequestError, match="placeholder of another kind of file") as caught:
         request(engine, "<image>", [dataclasses.replace(ONE, param="there")])

@@ -225,7 +225,7 @@ def test_a_placeholder_in_the_text(qwen: Served) -> None:
     refused = qwen.chat([part(CLIP), {"type": "text", "text": "a <|video_pad|>?"}])
     assert refused.status_code == 400
     message = refused.json()["error"]["message"]
-    assert "2 placeholders <|image_pad|> and <|video_pad|> for 1 files" in message
+    assert "2 placeholders <|image_pad|> and <|video_pad|> for 1 file" in message
 
 
 def test_models_that_read_no_videos(text: Served) -> None:

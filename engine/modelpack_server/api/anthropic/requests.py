@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 
@@ -179,8 +179,15 @@ def _without_billing(text: str) -> str:
     return text.partition("\n")[2].lstrip("\n")
 
 
-def plain_text(content: str | Sequence[Any] | None, where: str) -> str:
-    """Return the text of content that consists of text only; `where` names it in errors."""
+def plain_text(
+    content: str | Sequence[Any] | None,
+    where: str,
+    show: Callable[[Mapping[str, Any], str], str] | None = None,
+) -> str:
+    """Return the text of content; `where` names it in errors.
+
+    `show` returns the text of a block, by default that of one which is a text.
+    """
     if content is None or isinstance(content, str):
         return content or ""
     texts = []
@@ -188,7 +195,7 @@ def plain_text(content: str | Sequence[Any] | None, where: str) -> str:
         place = f"{where}.{i}"
         if not isinstance(block, Mapping):
             raise RequestError(f"{place}: expected an object", param=place)
-        texts.append(shown(block, place))
+        texts.append((show or shown)(block, place))
     return "\n\n".join(text for text in texts if text)
 
 
@@ -247,9 +254,10 @@ def template_messages(
 ) -> list[dict[str, Any]]:
     """Return the conversation in the form that chat templates expect.
 
-    Tool results become messages of their own, before the text of the same turn. A turn with images
-    has a list of parts; without `pictures`, images are refused. Raises `RequestError` with the name
-    of the block that cannot become part of the prompt.
+    Tool results become messages of their own, before the text of the same turn, which their images
+    begin: templates show texts of tools only. A turn with images has a list of parts; without
+    `pictures`, images are refused. Raises `RequestError` with the name of the block that cannot
+    become part of the prompt.
     """
     turns: list[dict[str, Any]] = []
     if instructions := system_text(system):
@@ -271,17 +279,19 @@ def _user(
     blocks: Sequence[Mapping[str, Any]], where: str, pictures: PictureReader | None
 ) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
+    found: list[str | list[dict[str, Any]]] = []  # images of tool results
     contents: list[str | list[dict[str, Any]]] = []
     for i, block in enumerate(blocks):
         place = f"{where}.{i}"
         if block.get("type") == "tool_result":
-            results.append(_result(block, place))
+            results.append(_result(block, place, pictures, found))
         elif block.get("type") == "image" and pictures is not None:
             contents.append([_image(block, place, pictures)])
         elif pictures is not None and _source_of(block).get("type") == "base64":
             contents.append(_pages(block, place, pictures))
         else:
             contents.append(shown(block, place))
+    contents = found + contents
     if contents or not results:
         results.append({"role": "user", "content": _joined(contents)})
     return results
@@ -334,11 +344,24 @@ def _pages(block: Mapping[str, Any], where: str, pictures: PictureReader) -> lis
     return [*text, pictures.document(source.get("data"), where)]
 
 
-def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _result(
+    block: Mapping[str, Any],
+    where: str,
+    pictures: PictureReader | None,
+    found: list[str | list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """Return the message of a tool's result, and add its images to `found`."""
     content = block.get("content")
     if content is not None and not isinstance(content, (str, list)):
         raise RequestError(f"{where}.content is neither a string nor a list of blocks", param=where)
-    text = plain_text(content, f"{where}.content")
+
+    def show(part: Mapping[str, Any], place: str) -> str:
+        if pictures is None or part.get("type") != "image":
+            return shown(part, place)
+        found.append([_image(part, place, pictures)])
+        return ""
+
+    text = plain_text(content, f"{where}.content", show)
     if block.get("is_error") is True:
         text = f"Error: {text}"
     call = text_of(block, "tool_use_id", where)

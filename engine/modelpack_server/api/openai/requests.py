@@ -173,15 +173,21 @@ def _document(given: object, where: str, pictures: PictureReader) -> dict[str, A
     return pictures.document(data, where)
 
 
+def unknown_part(kind: object, where: str, known: Sequence[str]) -> RequestError:
+    """Return the error for a part of content that a model of text, or no model, reads."""
+    if isinstance(kind, str) and kind not in known:
+        message = f"{where}: parts of type {kind!r} are not known"
+        return RequestError(message, param=where, hint=f"send one of {', '.join(known)}")
+    return RequestError(f"this model accepts text only, not {kind!r}", param=where)
+
+
 def _text(content: list[dict[str, Any]], where: str, first: int = 0) -> str:
     texts = []
     for i, part in enumerate(content, first):
         kind = part.get("type")
         text = part.get("refusal" if kind == "refusal" else "text")
         if kind not in ("text", "refusal") or not isinstance(text, str):
-            raise RequestError(
-                f"this model accepts text only, not {kind!r}", param=f"{where}.content[{i}]"
-            )
+            raise unknown_part(kind, f"{where}.content[{i}]", ("text", *_MEDIA))
         texts.append(text)
     return "".join(texts)
 

@@ -21,6 +21,7 @@ from modelpack_server.api.openai.requests import (
     check_choice,
     choice_of,
     constraint_of,
+    unknown_part,
 )
 from modelpack_server.conversation.pictures import PictureReader
 from modelpack_server.structured_output import Constraint
@@ -262,7 +263,7 @@ def _item(given: Mapping[str, Any], where: str, find: Callable[[str], Item | Non
             output = given.get("output")
             if not isinstance(output, (str, list)):
                 raise RequestError("output is neither a string nor a list", param=f"{where}.output")
-            plain_text(output, f"{where}.output")
+            plain_text(output, f"{where}.output", pictures=True)
             return _with_id(given, "fco") | {"type": kind, "call_id": call_id, "output": output}
         case "reasoning":
             return _reasoning(given, where)
@@ -356,7 +357,7 @@ def plain_text(content: Any, where: str, *, pictures: bool = False) -> str:
             continue
         text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
         if not isinstance(text, str):
-            raise RequestError(f"this model accepts text only, not {kind!r}", param=f"{where}[{i}]")
+            raise unknown_part(kind, f"{where}[{i}]", (*_TEXTS, *_MEDIA))
         texts.append(text)
     return "".join(texts)
 
@@ -391,22 +392,42 @@ def template_messages(
     """Return a conversation in the form that chat templates expect.
 
     Reasoning, text and tool calls of one assistant turn become one message. The content of a
-    message with pictures is a list of parts; without `pictures`, they are refused. The first
+    message with pictures is a list of parts; without `pictures`, they are refused. Those of tools'
+    outputs begin a message of the user: templates show texts of tools only. The first
     `num_earlier` items are not those of the request's input, whose places errors name.
     """
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
     turn: dict[str, Any] | None = None
+    files: list[dict[str, Any]] = []  # of the tools before
     for i, item in enumerate(items, -num_earlier):
-        if item["type"] == "function_call_output" or item.get("role", "assistant") != "assistant":
+        where = f"input[{i}]" if i >= 0 else "input"
+        if item["type"] == "function_call_output":
             turn = None
-            messages.append(_others(item, f"input[{i}]" if i >= 0 else "input", pictures))
+            text, more = _output(item["output"], f"{where}.output", pictures)
+            messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": text})
+            files += more
+            continue
+        role = item.get("role", "assistant")
+        if files and role != "user":
+            messages.append({"role": "user", "content": files})
+            files = []
+        if role != "assistant":
+            turn = None
+            message = _others(item, where, pictures)
+            if files:
+                said = message["content"]
+                rest = [{"type": "text", "text": said}] if isinstance(said, str) else said
+                message["content"], files = files + rest, []
+            messages.append(message)
             continue
         if turn is None or _is_begun(turn, item):
             turn = {"role": "assistant", "content": [], "reasoning_content": []}
             messages.append(turn)
         _add(turn, item)
+    if files:
+        messages.append({"role": "user", "content": files})
     return [_with_texts(message) for message in messages]
 
 
@@ -419,10 +440,18 @@ def _with_texts(message: dict[str, Any]) -> dict[str, Any]:
     return message | ({"reasoning_content": thoughts} if thoughts else {})
 
 
+def _output(
+    output: str | list[dict[str, Any]], where: str, pictures: PictureReader | None
+) -> tuple[str, list[dict[str, Any]]]:
+    """Return the text of a tool's output, and its pictures, sounds and documents."""
+    content = _content(output, where, pictures)
+    if isinstance(content, str):
+        return content, []
+    text = "".join(part["text"] for part in content if part["type"] == "text")
+    return text, [part for part in content if part["type"] != "text"]
+
+
 def _others(item: Item, where: str, pictures: PictureReader | None) -> dict[str, Any]:
-    if item["type"] == "function_call_output":
-        text = plain_text(item["output"], "input")
-        return {"role": "tool", "tool_call_id": item["call_id"], "content": text}
     role = "system" if item["role"] == "developer" else item["role"]
     if role != "user":
         pictures = None
