@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-import numpy as np
-
 from modelpack_engine.core.block_pool import NULL_BLOCK
 from modelpack_engine.core.buckets import Buckets
 from modelpack_engine.core.scheduler import PrefillChunk, Proposal, SchedulerOutput
@@ -460,13 +458,14 @@ def rope_positions(media: tuple[Media, ...], start: int, stop: int) -> list[list
         if each.frame is None:
             first = each.start + shift
         before = each.frame or 0
-        end = min(each.stop, stop)
-        if at < end:
-            frame, place = np.divmod(np.arange(at, end) - each.start, height * width)
-            offsets = before + frame, *np.divmod(place, width)
-            for column, offset in zip(found, offsets, strict=True):
-                column += (first + offset).tolist()
-            at = end
+        while at < min(each.stop, stop):  # rows of the picture
+            frame, place = divmod(at - each.start, height * width)
+            row, column = divmod(place, width)
+            count = min(width - column, each.stop - at, stop - at)
+            found[0] += [first + before + frame] * count
+            found[1] += [first + row] * count
+            found[2] += range(first + column, first + column + count)
+            at += count
         shift = first + max(before + frames, height, width) - each.stop
     if at < stop:
         add_text(stop)
