@@ -232,7 +232,7 @@ def _without_files(prompt: tuple[str, ...]) -> tuple[tuple[str, ...], list[Path]
     is_quoted = bool(re.search(r"\s", prompt[0])) if prompt else False
     for index, name in reversed([*enumerate(prompt)]):
         is_named = name.lower().endswith(_PICTURES + _SOUNDS + _VIDEOS)
-        if not Path(name).is_file():
+        if not os.path.isfile(name):  # pathlib raises if a prompt is longer than a name may be
             is_path = os.sep in name or is_quoted
             if is_named and is_path and not re.search(r"\s|://", name):
                 raise NotFoundError(f"{name}: no such file", hint="check the path")

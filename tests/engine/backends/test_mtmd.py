@@ -669,7 +669,7 @@ def test_served(
     assert answer.json()["choices"][0]["message"]["content"] == DIGIT.answers[samples.WHAT]
     assert answer.json()["usage"]["prompt_tokens"] > 2 * trained.TOKENS_PER_PICTURE
     assert refused.status_code == 400
-    assert "2 placeholders <__media__> for 1 pictures" in refused.json()["error"]["message"]
+    assert "2 placeholders <__media__> for 1 picture." in refused.json()["error"]["message"]
 
 
 def test_pictures_in_both_directions(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def test_a_picture_of_another_name(photo: Path, tmp_path: Path) -> None:
     assert "photo.heic: the picture is refused: unknown format" in found.err
     plain = ask(model, "explain", renamed, *store)
     assert plain.code == 0, plain.err
+    long = ask(model, "Why is it so? " * 20, "x" * 300, *store)
+    assert long.code == 0, long.err
 
 
 @pytest.mark.parametrize(

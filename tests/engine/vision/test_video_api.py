@@ -184,7 +184,7 @@ def test_bad_files(qwen: Served, name: str, make: Callable[[], bytes], message: 
         ({"type": "video_url", "video_url": {"url": picture_url(b"a")}}, "is not a video"),
         ({"type": "video_url", "video_url": {"url": url(file_of(picture(1)))}}, "unknown format"),
         ({"type": "image_url", "image_url": {"url": picture_url(CLIP)}}, "unknown format"),
-        ({"type": "input_video", "input_video": {}}, "not 'input_video'"),
+        ({"type": "input_video", "input_video": {}}, "type 'input_video' are not known"),
     ],
 )  # fmt: skip
 def test_bad_parts(qwen: Served, given: dict[str, Any], message: str) -> None:
