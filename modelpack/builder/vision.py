@@ -52,7 +52,7 @@ def _processor_notes(files: Sequence[LocalFile], encoders: Sequence[str]) -> Ite
                 document = read_config_json(paths[name], strict=False)
                 has_settings |= name in PROCESSOR_CONFIGS and is_processor_config(name, document)
             except (NotFoundError, ValueError) as error:
-                has_settings = True  # one note is enough
+                has_settings |= name in PROCESSOR_CONFIGS  # one note is enough
                 yield f"{name} is not usable, so the model reads text only: {error}"
     if encoders and not has_settings:
         yield (

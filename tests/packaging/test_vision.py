@@ -44,6 +44,7 @@ CASES: list[tuple[Any, dict[str, str], list[str]]] = [
     (VLM, {"preprocessor_config.json": "{"}, ["preprocessor_config.json is not usable"]),
     (VLM, {"preprocessor_config.json": "[]"}, ["not a JSON object"]),
     (VLM, {**SETTINGS, "video_preprocessor_config.json": "1"}, ["video_preprocessor_config.json"]),
+    (VLM, {"video_preprocessor_config.json": "1"}, ["video_preprocessor_config", NO_SETTINGS]),
     ({**VLM, "image_token_id": 300}, SETTINGS, ["image_token_id 300 is outside the vocabulary of"]),
     ({**VLM, "image_token_index": -200}, SETTINGS, ["image_token_index -200 is outside"]),
     ({**VLM, "image_token_id": 299, "vocab_size": 5}, SETTINGS, []),
