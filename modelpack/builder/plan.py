@@ -50,6 +50,7 @@ from modelpack.formats.gguf import read_gguf_header
 from modelpack.formats.projector import (
     PROJECTOR_ARCHITECTURE,
     embedding_width,
+    gguf_role,
     projected_width,
 )
 from modelpack.formats.shards import find_shards, shard_set
@@ -227,9 +228,7 @@ def check_added_files(request: PackageRequest) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    first = min(find_shards(path))
-    found = read_gguf_header(first).metadata.get("general.architecture")
-    if found is not None and found.value == PROJECTOR_ARCHITECTURE:
+    if gguf_role(min(find_shards(path)), Role.WEIGHT) is Role.PROJECTOR:
         raise PackagingError(
             f"--gguf {shown(path)} is a projector, which no runtime can run alone",
             hint="give it by --mmproj, and the model by --gguf",

@@ -90,7 +90,7 @@ class HostCache:
     def __init__(self, max_bytes: int, transfers: Transfers) -> None:
         self._max_bytes, self._transfers = max_bytes, transfers
         self._saving: dict[Key, tuple[Arrival, mx.Dtype, tuple[int, ...]]] = {}
-        self._arriving = self._saving.copy()  # since the step before
+        self._arriving: dict[Key, tuple[Arrival, mx.Dtype, tuple[int, ...]]] = {}  # for a step
         self._kept: OrderedDict[Key, tuple[NDArray[np.uint8], mx.Dtype, tuple[int, ...]]]
         self._kept = OrderedDict()
         #: The bytes of the copies.

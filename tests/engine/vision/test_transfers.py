@@ -204,7 +204,7 @@ def test_no_place_is_overwritten_before_the_gpu_has_read_it(queue: Queue, memory
 def test_what_is_on_its_way_to_the_host_is_not_waited_for(
     queue: Queue, gpu: Host, memory: Memory
 ) -> None:
-    """MLX copies what has no place; bytes that nobody waits for free theirs."""
+    """MLX copies an array if no place is free: bytes keep theirs until they are read or dropped."""
     moving = Transfers()
     gpu.calls.clear()
     taken = [moving.take(mx.array(numbers(seed, 128, 128))) for seed in range(5)]
