@@ -5,13 +5,12 @@
   //   SWIGLU: the first half of weights are gates, and out [1, M, N / 2] is silu(gate) * other half
   // A block computes WARPS * STRIPS * 16 outputs of MT rows over its part of K, in steps of DEPTH, with
   // STAGES steps' weights, scales and rows in shared memory or on their way there.
-  //   WIDE: a warpgroup's outputs are multiplied at once (wgmma), by weights scaled in the type T.
-  //   Otherwise, each warp multiplies codes, whose sums are scaled after each group, and the sums of
-  //   rows are multiplied by biases; sums may have any order, so a lane uses codes as they lie.
+  // A warp multiplies codes, whose sums are scaled after each group, and the sums of rows are multiplied by biases;
+  // sums may have any order, so a lane uses codes as they lie.
   constexpr int THREADS = WARPS * 32, OUTPUTS = WARPS * STRIPS * 16, TILES = MT / 8;
   constexpr int CHUNKS = DEPTH * BITS / 128, W_AT = MT * DEPTH * 2, STAGE = W_AT + OUTPUTS * CHUNKS * 16;
   constexpr int UNIT = GROUP < DEPTH ? GROUP : DEPTH;  // the depth that one scale of a step is for
-  constexpr int AHEAD = WIDE ? STAGES - 2 : STAGES - 1;
+  constexpr int AHEAD = STAGES - 1;
   // Scales and biases are copied for SPAN groups at a time, which are STEPS steps, to one of RING places.
   constexpr int STEPS = SPAN * GROUP / DEPTH, RING = AHEAD / STEPS + 2;
   typedef PaCodes<T, BITS> Codes;
@@ -31,7 +30,6 @@
   };
   // Lines that are read together lie in different banks.
   auto turn = [](int i) { return i / (8 / CHUNKS) * (BITS / 4) % CHUNKS; };
-  auto x_turn = [](int row) { return WIDE ? row % 8 : row % 2 * 4; };
 
   auto load = [&](int step) {
     unsigned char* stage = pa_memory + step % STAGES * STAGE;
@@ -47,7 +45,7 @@
       const int i = j * THREADS + threadIdx.x, chunk = i % 8, row = i / 8 % MT, panel = i / 8 / MT;
       if (MT * DEPTH / 8 % THREADS && i >= MT * DEPTH / 8) break;
       const bool there = row0 + row < M;
-      pa_copy16_or_zero(stage + ((panel * MT + row) * 8 + (chunk ^ x_turn(row))) * 16,
+      pa_copy16_or_zero(stage + ((panel * MT + row) * 8 + (chunk ^ row % 2 * 4)) * 16,
                         x + (size_t)(there ? row0 + row : 0) * K + k + panel * 64 + chunk * 8, there);
     }
     if (step == 0 || (start + step) % STEPS == 0) {
@@ -75,122 +73,71 @@
   }
   auto arrive = [&](int step) {
     pa_copies_wait<AHEAD - 1>();
-    if (WIDE) pa_async_fence();
     __syncthreads();
     if (step + AHEAD < steps) load(step + AHEAD);
     pa_copies_commit();
     return pa_memory + step % STAGES * STAGE;
   };
 
-  if constexpr (WIDE) {
-    unsigned a[2][DEPTH / 16][4];
-    for (int pair = 0; pair < steps; pair += 2) {
-      PA_UNROLL for (int odd = 0; odd < 2; odd++) {
-        const int step = pair + odd;
-        const unsigned char* stage = arrive(step);
-        const T* scaled = scales_of(step);
-        PA_UNROLL for (int h = 0; h < 2; h++) {
-          const int output = strip0 + h * 8 + r;
-          const unsigned char* codes = stage + W_AT + output * CHUNKS * 16;
-          unsigned scale = 0, offset = 0;
-          PA_UNROLL for (int t = 0; t < DEPTH / 16; t++) {
-            if (t * 16 % UNIT == 0) {
-              const unsigned short* at = (const unsigned short*)scaled + output * SPAN + t * 16 / UNIT;
-              scale = at[0] * 0x10001u, offset = at[OUTPUTS * SPAN] * 0x10001u;
-            }
-            const uint4 v = *(const uint4*)(codes + ((BITS == 4 ? t / 2 : t) ^ turn(output)) * 16);
-            PA_UNROLL for (int w = 0; w < 2; w++) {
-              unsigned numbers;
-              if (BITS == 4) {
-                const unsigned word = t % 2 ? (w ? v.w : v.z) : (w ? v.y : v.x);
-                numbers = Codes::nibbles(__byte_perm(word, 0, 0x4440 + c) * 0x1001u);
-              } else {
-                numbers = Codes::bytes(__byte_perm(w ? v.z : v.x, w ? v.w : v.y, 0x10 + c * 0x22));
-              }
-              a[odd][t][h + 2 * w] = pa_affine<T>(numbers, Codes::OFFSET ? Codes::OFFSETS : 0, scale, offset);
-            }
-          }
+  float sum[STRIPS][TILES][4], total[TILES][4];
+  for (int step = 0; step < steps; step++) {
+    const unsigned char* stage = arrive(step);
+    const T* scaled = scales_of(step);
+    PA_UNROLL for (int i = 0; i < DEPTH / 32; i++) {
+      if (i * 32 % UNIT == 0) {
+        PA_UNROLL for (int n = 0; n < TILES * 4; n++) {
+          total[n / 4][n % 4] = 0.0f;
+          PA_UNROLL for (int m = 0; m < STRIPS; m++) sum[m][n / 4][n % 4] = 0.0f;
         }
-        pa_wgmma_wait();
-        pa_wgmma_fence();
-        PA_UNROLL for (int t = 0; t < DEPTH / 16; t++) {
-          const unsigned char* matrix = stage + t / 4 * (MT * 128) + t % 4 * 32;
-          constexpr int WIDTH = TILES < 16 ? TILES : 16;
-          pa_wgmma<T, WIDTH, 0>(acc[0], a[odd][t], pa_matrix(matrix));
-          if constexpr (TILES > 16) pa_wgmma<T, 16, 16>(acc[0], a[odd][t], pa_matrix(matrix + 128 * 128));
-        }
-        pa_wgmma_commit();
       }
-    }
-    pa_wgmma_wait();
-  } else {
-    float sum[STRIPS][TILES][4], total[TILES][4];
-    for (int step = 0; step < steps; step++) {
-      const unsigned char* stage = arrive(step);
-      const T* scaled = scales_of(step);
-      PA_UNROLL for (int i = 0; i < DEPTH / 32; i++) {
-        if (i * 32 % UNIT == 0) {
-          PA_UNROLL for (int n = 0; n < TILES * 4; n++) {
-            total[n / 4][n % 4] = 0.0f;
-            PA_UNROLL for (int m = 0; m < STRIPS; m++) sum[m][n / 4][n % 4] = 0.0f;
-          }
+      unsigned a[STRIPS][2][4];
+      PA_UNROLL for (int m = 0; m < STRIPS * 2; m++) {
+        const int output = strip0 + m * 8 + r;
+        const unsigned char* codes = stage + W_AT + output * CHUNKS * 16;
+        if (BITS == 4) {  // pairs (0 4) (1 5) (2 6) (3 7)
+          const unsigned word = *(const unsigned*)(codes + (i ^ turn(output)) * 16 + c * 4);
+          PA_UNROLL for (int e = 0; e < 4; e++) a[m / 2][m % 2][e] = Codes::nibbles(word >> e * 4);
+        } else {
+          const uint2 v = *(const uint2*)(codes + ((i * 2 + c / 2) ^ turn(output)) * 16 + c % 2 * 8);
+          a[m / 2][m % 2][0] = Codes::bytes(v.x), a[m / 2][m % 2][1] = Codes::bytes(v.x >> 16);
+          a[m / 2][m % 2][2] = Codes::bytes(v.y), a[m / 2][m % 2][3] = Codes::bytes(v.y >> 16);
         }
-        unsigned a[STRIPS][2][4];
+      }
+      PA_UNROLL for (int n = 0; n < TILES; n++) {
+        const int row = n * 8 + r;
+        uint4 b = {0, 0, 0, 0};
+        if (row0 + row < M) {
+          b = *(const uint4*)(stage + ((i / 2 * MT + row) * 8 + ((i % 2 * 4 + c) ^ row % 2 * 4)) * 16);
+        }
+        if (BITS == 4) {
+          const uint4 v = b;
+          b.x = __byte_perm(v.x, v.z, 0x5410), b.y = __byte_perm(v.x, v.z, 0x7632);
+          b.z = __byte_perm(v.y, v.w, 0x5410), b.w = __byte_perm(v.y, v.w, 0x7632);
+        }
+        const unsigned ones[4] = {Codes::ONES, Codes::ONES, Codes::ONES, Codes::ONES};
+        pa_mma<T>(total[n], ones, b.x, b.y);
+        pa_mma<T>(total[n], ones, b.z, b.w);
+        PA_UNROLL for (int m = 0; m < STRIPS; m++) {
+          const unsigned one[4] = {a[m][0][0], a[m][1][0], a[m][0][1], a[m][1][1]};
+          const unsigned two[4] = {a[m][0][2], a[m][1][2], a[m][0][3], a[m][1][3]};
+          pa_mma<T>(sum[m][n], one, b.x, b.y);
+          pa_mma<T>(sum[m][n], two, b.z, b.w);
+        }
+      }
+      if ((i + 1) * 32 % UNIT == 0) {
         PA_UNROLL for (int m = 0; m < STRIPS * 2; m++) {
           const int output = strip0 + m * 8 + r;
-          const unsigned char* codes = stage + W_AT + output * CHUNKS * 16;
-          if (BITS == 4) {  // pairs (0 4) (1 5) (2 6) (3 7)
-            const unsigned word = *(const unsigned*)(codes + (i ^ turn(output)) * 16 + c * 4);
-            PA_UNROLL for (int e = 0; e < 4; e++) a[m / 2][m % 2][e] = Codes::nibbles(word >> e * 4);
-          } else {
-            const uint2 v = *(const uint2*)(codes + ((i * 2 + c / 2) ^ turn(output)) * 16 + c % 2 * 8);
-            a[m / 2][m % 2][0] = Codes::bytes(v.x), a[m / 2][m % 2][1] = Codes::bytes(v.x >> 16);
-            a[m / 2][m % 2][2] = Codes::bytes(v.y), a[m / 2][m % 2][3] = Codes::bytes(v.y >> 16);
-          }
-        }
-        PA_UNROLL for (int n = 0; n < TILES; n++) {
-          const int row = n * 8 + r;
-          uint4 b = {0, 0, 0, 0};
-          if (row0 + row < M) {
-            b = *(const uint4*)(stage + ((i / 2 * MT + row) * 8 + ((i % 2 * 4 + c) ^ x_turn(row))) * 16);
-          }
-          if (BITS == 4) {
-            const uint4 v = b;
-            b.x = __byte_perm(v.x, v.z, 0x5410), b.y = __byte_perm(v.x, v.z, 0x7632);
-            b.z = __byte_perm(v.y, v.w, 0x5410), b.w = __byte_perm(v.y, v.w, 0x7632);
-          }
-          const unsigned ones[4] = {Codes::ONES, Codes::ONES, Codes::ONES, Codes::ONES};
-          pa_mma<T>(total[n], ones, b.x, b.y);
-          pa_mma<T>(total[n], ones, b.z, b.w);
-          PA_UNROLL for (int m = 0; m < STRIPS; m++) {
-            const unsigned one[4] = {a[m][0][0], a[m][1][0], a[m][0][1], a[m][1][1]};
-            const unsigned two[4] = {a[m][0][2], a[m][1][2], a[m][0][3], a[m][1][3]};
-            pa_mma<T>(sum[m][n], one, b.x, b.y);
-            pa_mma<T>(sum[m][n], two, b.z, b.w);
-          }
-        }
-        if ((i + 1) * 32 % UNIT == 0) {
-          PA_UNROLL for (int m = 0; m < STRIPS * 2; m++) {
-            const int output = strip0 + m * 8 + r;
-            const float scale = float(scaled[output * SPAN + i * 32 / UNIT]);
-            const float offset = float(scaled[(OUTPUTS + output) * SPAN + i * 32 / UNIT]) - Codes::OFFSET * scale;
-            PA_UNROLL for (int n = 0; n < TILES * 2; n++) {
-              const int at = m % 2 * 2 + n % 2;
-              acc[m / 2][n / 2][at] += scale * sum[m / 2][n / 2][at] + offset * total[n / 2][n % 2];
-            }
+          const float scale = float(scaled[output * SPAN + i * 32 / UNIT]);
+          const float offset = float(scaled[(OUTPUTS + output) * SPAN + i * 32 / UNIT]) - Codes::OFFSET * scale;
+          PA_UNROLL for (int n = 0; n < TILES * 2; n++) {
+            const int at = m % 2 * 2 + n % 2;
+            acc[m / 2][n / 2][at] += scale * sum[m / 2][n / 2][at] + offset * total[n / 2][n % 2];
           }
         }
       }
     }
   }
 
-  // With many rows, outputs pass through shared memory, from where whole chunks of a row are written.
-  constexpr int COLUMNS = SWIGLU ? OUTPUTS / 2 : OUTPUTS, PITCH = COLUMNS + 8;
-  const bool gathered = WIDE && sizeof(O) == 2 && MT * PITCH * 2 <= STAGES * STAGE && width % 8 == 0;
-  if (gathered) {
-    pa_copies_wait<0>();
-    __syncthreads();
-  }
   PA_UNROLL for (int x = 0; x < STRIPS * TILES * 4; x++) {
     const int m = x / 4 / TILES, n = x / 4 % TILES, i = x % 4;
     if (SWIGLU && i >= 2) continue;
@@ -205,20 +152,6 @@
         value = float(T(value));
         value = float(T(value / (1.0f + PA_EXP2(-1.44269504f * value)))) * float(T(up));
       }
-      if (gathered) {
-        ((O*)pa_memory)[row * PITCH + at - first] = O(value);
-      } else {
-        out[((size_t)part * M + row0 + row) * width + at] = O(value);
-      }
-    }
-  }
-  if (gathered) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < MT * COLUMNS / 8; i += THREADS) {
-      const int row = i / (COLUMNS / 8), at = i % (COLUMNS / 8) * 8;
-      if (row0 + row < M && first + at < width) {
-        *(uint4*)(out + ((size_t)part * M + row0 + row) * width + first + at) =
-            *(const uint4*)((const O*)pa_memory + row * PITCH + at);
-      }
+      out[((size_t)part * M + row0 + row) * width + at] = O(value);
     }
   }

@@ -4,8 +4,9 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `packed_strips`,
-`block_tiles`, `experts`, `experts_wide`, `shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`,
-`state_space_wide`, `usable`, `deliver`, `fetch` and `address` are for CUDA only.
+`packed_wide`, `arrange`, `add_norm_arranged`, `block_tiles`, `experts`, `experts_wide`,
+`shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`, `state_space_wide`, `usable`, `deliver`,
+`fetch` and `address` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Body = Literal[
     "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide", "packed_strips",
-    "dots", "deliver", "packed_row", "block_dots", "block_tiles", "block_values", "adapters",
+    "packed_wide", "arrange", "add_norm_arranged", "dots", "deliver", "packed_row", "block_dots",
+    "block_tiles", "block_values", "adapters",
     "adapters_norm", "shrink_wide", "expand_wide", "convolve", "gated_norm", "linear_attention",
     "delta_tiles", "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address",
     "beside", "gate", "windows", "fetch",
@@ -42,6 +44,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
         "previous",
     ),
     "add_norm": ("a", "b", "weight"),
+    "add_norm_arranged": ("a", "b", "weight"),
     "norm_beside": ("table", "ids", "hidden", "table_weight", "hidden_weight"),
     "beside": ("a", "b", "c"),
     "accepted": ("ids", "numbers"),
@@ -51,6 +54,8 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "dequantise": ("weight", "scales", "biases"),
     "product": ("x", "weight", "scales", "biases", "bias"),
     "packed": ("x", "weight", "scales", "biases", "bias"),
+    "arrange": ("x",),
+    "packed_wide": ("x", "weight", "scales", "biases", "bias"),
     "packed_row": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
     "packed_strips": ("x", "weight", "scales", "biases", "bias", "more", "norm"),
     "state_space": ("x", "dt", "a", "b", "c", "d", "biases", "state", "pool", "segments", "owners"),
@@ -109,6 +114,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "prefill": ("out", "stats"),
     "rotate": ("q", "token"),
     "add_norm": ("total", "out"),
+    "add_norm_arranged": ("total", "out"),
     "accepted": ("found", "places"),
     "pick": ("found",),
     "adapters_norm": ("total", "out"),
@@ -152,9 +158,10 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "pick": ("most_likely", "pick"),
     "experts": ("experts", "product"),
     "adapters": ("chunks", "shrink", "expand", "adapters"),
-    "add_norm": ("add_norm", "normed"),
-    "norm_beside": ("norm_beside", "normed"),
-    "adapters_norm": ("shrink", "expand", "add_norm", "normed"),
+    "add_norm": ("add_norm", "normed", "in_rows"),
+    "add_norm_arranged": ("add_norm", "normed", "in_order"),
+    "norm_beside": ("norm_beside", "normed", "in_rows"),
+    "adapters_norm": ("shrink", "expand", "add_norm", "normed", "in_rows"),
     "expand_wide": ("chunks", "expand_wide"),
     "delta_wide": ("delta_rule", "delta_wide"),
 }
@@ -204,16 +211,20 @@ def kernel_source(
     headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "packed_strips",
-        "grouped", "block_tiles", "shrink_wide", "expand_wide", "delta_tiles", "delta_wide",
-        "state_space_wide",
+        "packed_wide", "grouped", "block_tiles", "shrink_wide", "expand_wide", "delta_tiles",
+        "delta_wide", "state_space_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
-    if body in ("packed_row", "packed_strips"):
+    if body in ("packed", "packed_row", "packed_strips"):
         headers.append("codes")
-    if body == "packed_strips":
+    if body in ("packed_strips", "packed_wide"):
         headers.append("barriers")
-    if body in ("packed", "experts_wide", "block_tiles"):
+    if body in ("packed_wide", "experts_wide", "block_tiles"):
         headers += ["codes", "warpgroups"]
+    if body == "packed_wide":
+        headers.append("affine")
+    if body in ("packed_wide", "arrange", "add_norm_arranged"):
+        headers.append("order")
     if body.startswith("block_"):
         headers.append("blocks")
     outputs = tuple(name for name in OUTPUTS[body] if name not in absent)

@@ -10,6 +10,13 @@ __device__ inline void pa_copy16_or_zero(void* to, const void* from, bool there)
                "r"(there ? 16 : 0)
                : "memory");
 }
+template <int BYTES>
+__device__ inline void pa_copy_or_zero(void* to, const void* from, bool there) {
+  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(BYTES),
+               "r"(there ? BYTES : 0)
+               : "memory");
+}
 template <int LEFT>
 __device__ inline void pa_copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");

@@ -1,12 +1,12 @@
-// CUDA: copies, and matmuls of a warpgroup's 64 rows, in registers or shared memory, with a matrix in
+// CUDA: matmuls of a warpgroup's 64 rows, in registers or shared memory, with a matrix in
 // shared memory. (PTX ISA: cp.async; wgmma.mma_async, compute capability 9.0a.)
-template <int BYTES>
-__device__ inline void pa_copy_or_zero(void* to, const void* from, bool there) {
-  const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(from), "n"(BYTES),
-               "r"(there ? BYTES : 0)
+// Arrive when this thread's copies so far are there.
+__device__ inline void pa_barrier_arrive_after_copies(unsigned long long* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
                : "memory");
 }
+__device__ inline void pa_copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <int N>
 struct PaNumber {
   static constexpr int VALUE = N;
@@ -30,13 +30,31 @@ __device__ inline unsigned pa_affine<__half>(
       : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
   return y;
 }
+template <typename E>
+__device__ inline unsigned pa_fma2(unsigned x, unsigned y, unsigned z);
+template <>
+__device__ inline unsigned pa_fma2<__nv_bfloat16>(unsigned x, unsigned y, unsigned z) {
+  unsigned found;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(x), "r"(y), "r"(z));
+  return found;
+}
+template <>
+__device__ inline unsigned pa_fma2<__half>(unsigned x, unsigned y, unsigned z) {
+  unsigned found;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(x), "r"(y), "r"(z));
+  return found;
+}
 // The descriptor of a [rows, 64] matrix in shared memory, of 128 bytes a row, whose 16-byte chunks are
 // exchanged: chunk ^ row % 8.
 __device__ inline unsigned long long pa_matrix(const void* from) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(from));
   return (unsigned long long)(shared >> 4 & 0x3fff) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
-#define PA_4(n) "+f"(d[FROM + n][0]), "+f"(d[FROM + n][1]), "+f"(d[FROM + n][2]), "+f"(d[FROM + n][3])
+// That of a matrix so many bytes after another one.
+__device__ inline unsigned long long pa_matrix_after(unsigned long long matrix, unsigned bytes) {
+  return (matrix & 0xffffffff00000000ull) | ((unsigned)matrix + (bytes >> 4));
+}
+#define PA_4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define PA_16(n) PA_4(n), PA_4(n + 1), PA_4(n + 2), PA_4(n + 3)
 #define PA_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define PA_R32 PA_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -49,8 +67,8 @@ __device__ inline unsigned long long pa_matrix(const void* from) {
 #define PA_OPERANDS32 PA_16(0), PA_16(4)
 #define PA_OPERANDS64 PA_16(0), PA_16(4), PA_16(8), PA_16(12)
 // Add the product of a warpgroup's 64 rows a [16 in each warp, 16] and a matrix of 8 * N rows [8 N, 16].
-template <typename E, int N, int FROM, int TILES>
-__device__ inline void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], unsigned long long matrix) {
+template <typename E, int N>
+__device__ inline void pa_wgmma(float (&d)[N][4], const unsigned (&a)[4], unsigned long long matrix) {
   if constexpr (PaCodes<E, 4>::OFFSET == 1024) {
     if constexpr (N == 4) PA_BY("f16", "32", PA_R16, PA_16(0), "%16", "%17", "%18", "%19", "%20");
     if constexpr (N == 8) PA_BY("f16", "64", PA_R32, PA_OPERANDS32, "%32", "%33", "%34", "%35", "%36");
@@ -68,7 +86,6 @@ __device__ inline void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], un
 template <typename E, int N, int TILES>
 __device__ inline void pa_wgmma_shared(
     float (&d)[TILES][4], unsigned long long rows, unsigned long long matrix) {
-  constexpr int FROM = 0;
   if constexpr (PaCodes<E, 4>::OFFSET == 1024) {
     if constexpr (N == 4) PA_BOTH("f16", "32", PA_R16, PA_16(0), "%16", "%17");
     if constexpr (N == 8) PA_BOTH("f16", "64", PA_R32, PA_OPERANDS32, "%32", "%33");
@@ -86,3 +103,8 @@ __device__ inline void pa_wgmma_wait() {
 __device__ inline void pa_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ inline void pa_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void pa_async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// After the last wait: the compiler moves no use of the sums before it.
+template <int TILES>
+__device__ inline void pa_wgmma_sums(float (&d)[TILES][4]) {
+  PA_EACH for (int i = 0; i < TILES * 4; i++) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
+}

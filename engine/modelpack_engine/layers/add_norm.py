@@ -3,12 +3,14 @@
 A block's `x + r` is usually read only by a norm and by the next sum. It stays an unevaluated MLX
 array, and the norm's kernel (`add_norm`) computes it together with the norm. `r` may also be the
 partial sums of a matmul. The norm of a single row is deferred, too: the kernel of the matmul that
-reads it computes all three.
+reads it computes all three. Norms and SwiGLU of more rows are computed in the order in which a
+matmul reads them (`packed_wide`), and not in rows if nothing else reads these.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
@@ -16,11 +18,13 @@ from modelpack_engine.layers import adapters, kernels
 from modelpack_engine.layers.adapters import RowAdapters
 from modelpack_engine.layers.dots import Normed
 from modelpack_engine.layers.matmul import (
+    Arranged,
     Parts,
     multiply,
     multiply_in_parts,
     multiply_normed,
     swiglu,
+    swiglu_in_order,
 )
 from modelpack_engine.layers.weights import Weights
 
@@ -46,6 +50,7 @@ class Sums:
         self._sums: dict[int, _Sum] = {}
         self._parts: dict[int, tuple[mx.array, Parts, tuple[Parts, RowAdapters] | None]] = {}
         self._normed: dict[int, tuple[mx.array, mx.array, Normed]] = {}
+        self._arranged: dict[int, tuple[mx.array, Arranged]] = {}
 
     def of_parts(self, parts: Parts, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return the sum of `parts` in this shape and type, and record its parts."""
@@ -124,26 +129,54 @@ class Sums:
         if a.size == a.shape[-1]:
             row = Normed(a, parts.array, parts.count, weight, epsilon)
             self._normed[id(out)] = out, total, row
+        elif adapted is None:
+            known = self._sums[id(total)]
+
+            @cache
+            def arranged(bits: int) -> mx.array:
+                known.made, in_order = kernels.add_norm(
+                    a, parts.array, parts.count, weight, epsilon, arranged=bits
+                )
+                return in_order
+
+            self._arranged[id(out)] = out, arranged
         return out
 
-    def multiply(self, x: mx.array, weights: Weights) -> Parts:
-        """Return the partial sums of rows x [rows, ...] times the weights."""
+    def multiply(self, x: mx.array, weights: Weights, *, in_rows: bool = False) -> Parts:
+        """Return the partial sums of rows x [rows, ...] times the weights.
+
+        With `in_rows`, something else reads x, so that it is computed in rows in any case.
+        """
         product = self._multiply_normed(x, weights, gated=False)
-        return multiply_in_parts(x, weights) if product is None else Parts(product, 1)
+        if product is not None:
+            return Parts(product, 1)
+        return multiply_in_parts(x, weights, None if in_rows else self._in_order(x))
+
+    def _in_order(self, x: mx.array) -> Arranged | None:
+        """Return what computes rows x in the order of `packed_wide`; None if nothing does."""
+        known = self._arranged.get(id(x))
+        return None if known is None else known[1]
 
     def whole(self, x: mx.array, weights: Weights) -> mx.array:
         """Return rows x [rows, ...] times the weights, [rows, outputs] in x's type."""
         product = self._multiply_normed(x, weights, gated=False)
         if product is not None:
             return product.astype(x.dtype)
-        return multiply(x.reshape(x.shape[0], -1), weights)
+        return multiply(x.reshape(x.shape[0], -1), weights, self._in_order(x))
 
     def swiglu(self, x: mx.array, weights: Weights) -> mx.array:
         """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
         product = None
         if weights.num_outputs % 2 == 0:
             product = self._multiply_normed(x, weights, gated=True)
-        return swiglu(x, weights) if product is None else product
+        if product is not None:
+            return product
+        given = self._in_order(x)
+        found = swiglu(x, weights, given)
+        in_order = swiglu_in_order(x, weights, given)
+        if in_order is not None:
+            self._arranged[id(found)] = found, in_order
+        return found
 
     def _multiply_normed(self, x: mx.array, weights: Weights, *, gated: bool) -> mx.array | None:
         """Compute a sum, its norm `x` and the product in one kernel; None if that is impossible."""
@@ -163,3 +196,4 @@ class Sums:
         self._sums.clear()
         self._parts.clear()
         self._normed.clear()
+        self._arranged.clear()

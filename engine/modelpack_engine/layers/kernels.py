@@ -105,30 +105,37 @@ _SIMDGROUPS = 4
 
 
 def add_norm(
-    a: mx.array, parts: mx.array, count: int, weight: mx.array, epsilon: float
+    a: mx.array,
+    parts: mx.array,
+    count: int,
+    weight: mx.array,
+    epsilon: float,
+    arranged: int = 0,
 ) -> tuple[mx.array, mx.array]:
     """Return a + the sum of `count` parts, and its RMS norm times `weight` [dim].
 
     `a` and both results are [rows, ..., dim] in the type of `a`; each part has as many elements.
-    Without parts, `parts` is not read.
+    Without parts, `parts` is not read. The norm is in the order that `packed_wide` multiplies by
+    codes of so many bits, if `arranged` is not 0: [dim / 64, rows, 64] (CUDA).
     """
-    dim = a.shape[-1]
+    dim, rows = a.shape[-1], a.size // a.shape[-1]
     vector = vector_width(max(a.dtype.size, parts.dtype.size), dim)
     simdgroups = norm_simdgroups(dim, vector)
     threads = 32 * simdgroups
+    constants = [
+        ("D", dim), ("VEC", vector), ("NSG", simdgroups), ("PARTS", count),
+        ("EPSILON", launch.bits_of(epsilon)),
+    ]  # fmt: skip
     total, out = launch.run(
-        "add_norm",
+        "add_norm_arranged" if arranged else "add_norm",
         [a, parts, weight],
         [("T", a.dtype), ("B", parts.dtype), ("W", weight.dtype)],
-        [
-            ("D", dim), ("VEC", vector), ("NSG", simdgroups), ("PARTS", count),
-            ("EPSILON", launch.bits_of(epsilon)),
-        ],
-        threads=a.size // dim * threads,
+        [*constants, ("BITS", arranged)] if arranged else constants,
+        threads=rows * threads,
         group=threads,
-        shapes=[a.shape] * 2,
+        shapes=[a.shape, (dim // 64, rows, 64) if arranged else a.shape],
         dtypes=[a.dtype, a.dtype],
-    )  # fmt: skip
+    )
     return total, out
 
 

@@ -2,20 +2,21 @@
 
 With few rows, most of the time is spent reading the weights, which MLX's matmuls do at half of the
 memory bandwidth. Our kernel computes these matmuls, and may leave partial sums for the next kernel
-to add. `dots` multiplies one row, and `packed` multiplies by quantised weights where it can;
-elsewhere, with many rows, they are dequantised first. `blocks` multiplies by the block types of
-GGUF. MLX computes all other matmuls.
+to add. `dots` multiplies one row. `packed` and `packed_wide` multiply by quantised weights where
+they can; elsewhere, with many rows, these are dequantised first. `blocks` multiplies by the block
+types of GGUF. MLX computes all other matmuls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch, recording
-from modelpack_engine.layers import blocks, dots, kernels, packed
+from modelpack_engine.layers import blocks, dots, kernels, packed, packed_wide
 from modelpack_engine.layers.weights import Weights, random_weights
 
 #: The most rows for which our kernel is used, with quantised weights and with plain ones: see
@@ -34,8 +35,21 @@ _TILES = {
 _THREADGROUPS, _FEWEST_TILES, _MOST_PARTS = 192, 4, 8
 
 
-def multiply(x: mx.array, weights: Weights) -> mx.array:
-    """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type."""
+#: Returns rows in the order of `packed_wide` for weights of so many bits, by the kernel that
+#: computes the rows.
+Arranged = Callable[[int], mx.array]
+
+
+def _in_order(x: mx.array, weights: Weights, arranged: Arranged | None) -> mx.array:
+    assert weights.bits is not None
+    return packed_wide.arrange(x, weights) if arranged is None else arranged(weights.bits)
+
+
+def multiply(x: mx.array, weights: Weights, arranged: Arranged | None = None) -> mx.array:
+    """Return x [rows, in] times the weights, plus the bias: [rows, out] in x's type.
+
+    If a kernel can compute x in the order of `packed_wide`, this is `arranged`.
+    """
     if weights.blocks is not None:
         return blocks.multiply(x, weights.weight, weights.blocks, weights.bias)
     if strips := packed.strips_for(x, weights):
@@ -46,6 +60,8 @@ def multiply(x: mx.array, weights: Weights) -> mx.array:
         return dots.multiply(x, weights)
     if tile := packed.tile_for(x, weights):
         return packed.multiply(x, weights, tile)
+    if wide := packed_wide.tile_for(x, weights):
+        return packed_wide.multiply(_in_order(x, weights, arranged), weights, wide)
     if _takes(x, weights):
         return _run(x, weights, 1, (x.shape[0], weights.num_outputs))
     return _by_mlx(x, weights)
@@ -75,7 +91,7 @@ class Parts:
     count: int
 
 
-def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
+def multiply_in_parts(x: mx.array, weights: Weights, arranged: Arranged | None = None) -> Parts:
     """Return the partial sums of rows x [rows, ...] times the weights: parts [rows, out]."""
     if strips := packed.strips_for(x, weights, parted=True):
         return Parts(packed.multiply_strips(x, weights, strips), strips.parts)
@@ -89,15 +105,19 @@ def multiply_in_parts(x: mx.array, weights: Weights) -> Parts:
         by_packed = packed.num_parts(tile, x.shape[0], weights.num_outputs, weights.num_inputs)
         # Where `packed` splits no inputs, a few of its blocks take longer than the parts of ours:
         # measured for up to 8 rows.
-        if tile.wide or by_packed > 1 or parts == 1 or not _takes(x, weights):
+        if by_packed > 1 or parts == 1 or not _takes(x, weights):
             return Parts(packed.multiply(x, weights, tile, by_packed), by_packed)
+    if wide := packed_wide.tile_for(x, weights):
+        parts = packed_wide.num_parts(wide, x.shape[0], weights)
+        in_order = _in_order(x, weights, arranged)
+        return Parts(packed_wide.multiply(in_order, weights, wide, parts), parts)
     if not _takes(x, weights):
         return Parts(multiply(x.reshape(x.shape[0], -1), weights), 1)
     shape = (x.shape[0], weights.num_outputs)
     return Parts(_run(x, weights, parts, shape if parts == 1 else (parts, *shape)), parts)
 
 
-def swiglu(x: mx.array, weights: Weights) -> mx.array:
+def swiglu(x: mx.array, weights: Weights, arranged: Arranged | None = None) -> mx.array:
     """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
     width = weights.num_outputs // 2
     if weights.num_outputs % 2 == 0 and (strips := packed.strips_for(x, weights)):
@@ -108,9 +128,24 @@ def swiglu(x: mx.array, weights: Weights) -> mx.array:
         return dots.multiply(x, weights, swiglu=True)
     if weights.num_outputs % 2 == 0 and (tile := packed.tile_for(x, weights)):
         return packed.multiply(x, weights, tile, swiglu=True)
+    if wide := packed_wide.tile_for(x, weights, swiglu=True):
+        return packed_wide.multiply(_in_order(x, weights, arranged), weights, wide, swiglu=True)
     if _takes(x, weights) and weights.num_outputs % 2 == 0:
         return _run(x, weights, 1, (x.shape[0], width), swiglu=True)
     return kernels.swiglu(multiply(x.reshape(x.shape[0], -1), weights))
+
+
+def swiglu_in_order(x: mx.array, weights: Weights, arranged: Arranged | None) -> Arranged | None:
+    """Return what computes `swiglu` in the order of `packed_wide`; None if that cannot.
+
+    The outputs must be whole steps of what multiplies them, as `packed_wide.tile_for` demands.
+    """
+    wide = packed_wide.tile_for(x, weights, swiglu=True)
+    if wide is None:
+        return None
+    return lambda bits: packed_wide.multiply(
+        _in_order(x, weights, arranged), weights, wide, swiglu=True, arranged_for=bits
+    )
 
 
 def _by_mlx(x: mx.array, weights: Weights) -> mx.array:

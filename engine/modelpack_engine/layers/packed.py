@@ -1,10 +1,9 @@
 """Matmuls with packed weights: rows times affine quantised weights, converted in registers.
 
-With few rows, the time is that of reading the packed weights. It needs tensor cores; with more than
-a few rows, those of Hopper (compute capability 9.0), which multiply for a warpgroup at once. With
-more rows than the largest tile has, a copy in full and the vendor's matmul are faster. Up to eight
-rows have a kernel of their own, whose blocks copy weights far ahead (Hopper); one row of 4 bits has
-another one for the sizes and GPUs that it does not support.
+With few rows, the time is that of reading the packed weights. Up to eight rows have a kernel whose
+blocks copy weights far ahead (Hopper, compute capability 9.0). For the sizes and GPUs that it does
+not support, one row of 4 bits has another one, and `multiply` is for up to eight rows; it needs
+tensor cores. More rows are multiplied by `packed_wide`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from modelpack_engine.layers.weights import Weights, random_weights
 class Tile:
     """What a block computes: its rows, warps with strips of 16 outputs, and a step of the inputs.
 
-    `wide` is by warpgroups. `stages` steps are in shared memory, or on their way there.
+    `stages` steps are in shared memory, or on their way there.
     """
 
     rows: int
@@ -31,17 +30,11 @@ class Tile:
     strips: int
     depth: int
     stages: int
-    wide: bool
 
     @property
     def outputs(self) -> int:
         """The outputs of a block."""
         return self.warps * self.strips * 16
-
-    @property
-    def step(self) -> int:
-        """The inputs that a part must be a multiple of: the loop over them takes two at a time."""
-        return self.depth * 2 if self.wide else self.depth
 
     def span(self, groups: int, group_size: int) -> int | None:
         """The groups of an output whose scales are copied at a time; None if none is possible."""
@@ -51,20 +44,12 @@ class Tile:
     def shared_bytes(self, bits: int, group_size: int, span: int) -> int:
         """The bytes of shared memory of all stages, and of the scales."""
         stage = self.rows * self.depth * 2 + self.outputs * self.depth * bits // 8
-        ahead = self.stages - 2 if self.wide else self.stages - 1
-        places = ahead // max(1, span * group_size // self.depth) + 2
+        places = (self.stages - 1) // max(1, span * group_size // self.depth) + 2
         return self.stages * stage + places * self.outputs * 4 * span
 
 
-#: The tiles by the rows that they are for, as measured: benchmarks/results/packed-h200.md. Few, as
-#: each takes half a second to compile.
-TILES = (
-    Tile(8, 2, 2, 256, 4, wide=False),
-    Tile(32, 4, 1, 128, 4, wide=True),
-    Tile(64, 4, 1, 128, 4, wide=True),
-    Tile(128, 8, 1, 64, 5, wide=True),
-    Tile(256, 8, 1, 64, 5, wide=True),
-)
+#: The tile, as measured: benchmarks/results/packed-h200.md.
+TILE = Tile(8, 2, 2, 256, 4)
 #: The bits of codes that the kernel reads; MLX multiplies by others.
 CODE_BITS = (4, 8)
 #: The blocks that keep a large GPU busy, and the most parts that the next kernel adds up.
@@ -73,17 +58,14 @@ _BLOCKS, _MOST_PARTS = 264, 8
 
 def tile_for(x: mx.array, weights: Weights) -> Tile | None:
     """Return the tile by which our kernel multiplies these rows; None if it does not."""
-    rows = x.shape[0]
-    if rows > TILES[-1].rows or not fits(x, weights):  # dequantised weights pay from there on
+    if x.shape[0] > TILE.rows or not fits(x, weights):
         return None
-    tile = next(tile for tile in TILES if tile.rows >= rows)
-    if weights.num_inputs % tile.step or (tile.wide and not has_warpgroups()):
-        return None
-    if tile.span(weights.num_inputs // weights.group_size, weights.group_size) is None:
+    size = weights.group_size
+    if weights.num_inputs % TILE.depth or TILE.span(weights.num_inputs // size, size) is None:
         return None
     assert weights.bits is not None
-    problem = verdict(x.dtype, weights.bits, weights.group_size, tile)
-    return tile if problem is None else None
+    problem = verdict(x.dtype, weights.bits, size, TILE)
+    return TILE if problem is None else None
 
 
 def fits(x: mx.array, weights: Weights) -> bool:
@@ -113,7 +95,7 @@ def num_parts(tile: Tile, rows: int, outputs: int, inputs: int) -> int:
     while (
         parts < _MOST_PARTS
         and blocks * parts < _BLOCKS
-        and inputs % (tile.step * parts * 2) == 0
+        and inputs % (tile.depth * parts * 2) == 0
         and inputs // (parts * 2) >= 4 * tile.depth
     ):
         parts *= 2
@@ -144,7 +126,7 @@ def multiply(
             ("T", x.dtype), ("O", out_dtype), ("BITS", bits), ("GROUP", weights.group_size),
             ("BIAS", weights.bias is not None), ("SWIGLU", swiglu), ("MT", tile.rows),
             ("WARPS", tile.warps), ("STRIPS", tile.strips), ("DEPTH", tile.depth),
-            ("STAGES", tile.stages), ("WIDE", tile.wide), ("SPAN", span),
+            ("STAGES", tile.stages), ("SPAN", span),
         ],
         grid=(-(-rows // tile.rows) * threads, -(-width // across), parts),
         threadgroup=(threads, 1, 1),

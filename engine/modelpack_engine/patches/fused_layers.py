@@ -341,7 +341,7 @@ def _fuse_mlp(module: Any, sums: Sums, step: StepInputs, swaps: ClassSwaps) -> b
         if added is None:
             hidden = sums.swiglu(x, joint)
         else:
-            hidden = adapters.add(sums.multiply(x, joint), added, gated=True)
+            hidden = adapters.add(sums.multiply(x, joint, in_rows=True), added, gated=True)
         return project(hidden, down, x, sums, of_down, step)
 
     swaps.override(module, call)
@@ -455,8 +455,8 @@ def project(
     if not isinstance(by, Weights):
         return by(rows.reshape(*like.shape[:-1], -1))  # type: ignore[no-any-return]
     shape = (*like.shape[:-1], by.num_outputs)
-    parts = multiply_in_parts(rows, by)
     added = row_adapters(rows, joint, step)
+    parts = sums.multiply(rows, by, in_rows=added is not None)
     if added is not None:
         return sums.of_adapted(parts, added, shape, like.dtype)
     return sums.of_parts(parts, shape, like.dtype)
@@ -469,7 +469,7 @@ def whole_rows(
     added = row_adapters(x, joint, step)
     if added is None:
         return sums.whole(x, by)
-    return adapters.add(sums.multiply(x, by), added)
+    return adapters.add(sums.multiply(x, by, in_rows=True), added)
 
 
 def row_adapters(x: mx.array, joint: JointLayers, step: StepInputs) -> RowAdapters | None:

@@ -75,8 +75,9 @@ _FEWEST_BLOCKS = 4
 _MEMORY_FACTOR = 1.6
 
 #: The arrays of a step that is recorded, as a factor of a step's: all that its kernels write.
-#: 1.13 to 1.19 by the shapes of models of 1 to 32 billion parameters.
-_RECORDED_FACTOR = 1.2
+#: 1.13 to 1.19 by the shapes of models of 1 to 32 billion parameters. Of packed weights, norms and
+#: SwiGLU are computed twice while a step is recorded (layers/add_norm.py): 1.64 at 8 billion.
+_RECORDED_FACTOR, _RECORDED_PACKED_FACTOR = 1.2, 1.7
 #: The part of `step_bytes` that one weight may take which such a step computes in full.
 _WEIGHT_PART = 4
 #: The most rows of such a step: with more, prompts take the GPU longer than MLX takes the host.
@@ -304,6 +305,8 @@ def choose_sizes(
             f"{one_context} bytes (kv_cache_bytes)",
         )
     weight_bytes = min(step_memory.per_step, step_bytes // _WEIGHT_PART)
+    factor = _RECORDED_PACKED_FACTOR if step_memory.per_step else _RECORDED_FACTOR
+    recorded_row_bytes = int(factor * step_memory.per_row)
     return Sizes(
         num_blocks,
         min(wanted, capacity + 1),
@@ -313,9 +316,9 @@ def choose_sizes(
         whole_steps=packed,
         prefill_context=_GPU_CONTEXT if gpu else None,
         step_bytes=step_bytes,
-        recorded_rows=_recorded_rows(step_bytes - weight_bytes, step_memory.per_row),
+        recorded_rows=_recorded_rows(step_bytes - weight_bytes, recorded_row_bytes),
         recorded_weight_bytes=weight_bytes if step_bytes else None,
-        recorded_row_bytes=int(_RECORDED_FACTOR * step_memory.per_row),
+        recorded_row_bytes=recorded_row_bytes,
         state_rows=state_rows,
         groups=groups,
         window_blocks=tuple(of_windows),
@@ -431,7 +434,7 @@ def _memory_share(config: EngineConfig) -> float:
 def _recorded_rows(step_bytes: int, per_row: int) -> int:
     if not (step_bytes and per_row):
         return MOST_RECORDED_ROWS
-    return min(MOST_RECORDED_ROWS, int(step_bytes / (_RECORDED_FACTOR * per_row)))
+    return min(MOST_RECORDED_ROWS, step_bytes // per_row)
 
 
 def limit_memory(planned: int, step_bytes: int) -> None:

@@ -99,9 +99,14 @@ _FEWEST_STEPS, _STEPS_AT_FIRST, _NEWEST = 3, 16, 1 / 4
 _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloat16"}
 #: The arrays that one kernel takes the addresses of.
 _AT_ONCE = 8
-#: Kernels that may start while the one before runs: they wait for its end themselves. The first one
-#: has weights copied until then.
-EARLY: frozenset[str] = frozenset({"packed_strips", "rotate", "decode", "merge", "add_norm"})
+#: Kernels that may start while the one before runs: they wait for its end themselves. The first two
+#: have weights copied until then.
+EARLY: frozenset[str] = frozenset(
+    (
+        "packed_strips", "packed_wide", "arrange", "rotate", "decode", "merge", "add_norm",
+        "add_norm_arranged",
+    )
+)  # fmt: skip
 #: Kernels that may start while this one before runs, and read all but what it writes before they
 #: wait for its end. It is never launched early itself: all before it has ended when it starts.
 EARLY_AFTER = {"adapters": "product", "adapters_norm": "product", "expand_wide": "shrink_wide"}

@@ -141,7 +141,7 @@ class FusedLayer:
         sums, shape, dtype = Sums(), carried.shape, self._dtype
 
         def plus(rows: mx.array, product: mx.array, by: Weights) -> mx.array:
-            parts = multiply_in_parts(product, by)
+            parts = sums.multiply(product, by)
             return sums.add(rows, sums.of_parts(parts, shape, dtype))
 
         def normed(rows: mx.array, norm: Any) -> mx.array:

@@ -213,7 +213,7 @@ def test_few_inputs_are_split_by_the_kernel_that_can(
         ran.append((name, given[at]))
         return x
 
-    monkeypatch.setattr(packed, "tile_for", lambda x, weights: packed.TILES[0])
+    monkeypatch.setattr(packed, "tile_for", lambda x, weights: packed.TILE)
     monkeypatch.setattr(matmul, "_takes", lambda x, weights: True)
     monkeypatch.setattr(packed, "multiply", partial(run, "packed", at=3))
     monkeypatch.setattr(matmul, "_run", partial(run, "product", at=2))

@@ -25,8 +25,9 @@ from tests.peers import require
 STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
 ON_TENSOR_CORES: tuple[Body, ...] = (
-    "packed", "packed_row", "packed_strips", "experts_wide", "block_tiles", "shrink_wide",
-    "expand_wide", "delta_tiles", "delta_wide", "state_space_wide",
+    "packed", "packed_row", "packed_strips", "packed_wide", "arrange", "add_norm_arranged",
+    "experts_wide", "block_tiles", "shrink_wide", "expand_wide", "delta_tiles", "delta_wide",
+    "state_space_wide",
 )  # fmt: skip
 Array = npt.NDArray[Any]
 #: An edit of a text, by its name.
@@ -199,6 +200,7 @@ def _definitions(instances: Sequence[Instance], edit: Edit) -> list[str]:
             arguments = argument_list(body, {}, shape_type="const int*")
             if body in ON_TENSOR_CORES and "struct Dim" not in "".join(lines):
                 lines += [(STUBS / "tensor.h").read_text(), text("codes")]
+                lines += [edit(part, text(part)) for part in ("affine", "order")]
             lines += [
                 f"template <{first.parameters()}>",
                 f"void {body}(Emu& emu, {arguments}) {{",

@@ -33,6 +33,7 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "token": "int",
     },
     "add_norm": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
+    "add_norm_arranged": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
     "norm_beside": {
         "table": "T", "ids": "int", "hidden": "T", "table_weight": "W", "hidden_weight": "W",
         "out": "T",
@@ -74,6 +75,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
     },
     "combine": {"given": "T", "place": "int", "scores": "S", "out": "O"},
     "packed": {
+        "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "out": "O",
+    },
+    "arrange": {"x": "T", "out": "T"},
+    "packed_wide": {
         "x": "T", "weight": "uint32_t", "scales": "T", "biases": "T", "bias": "T", "out": "O",
     },
     "packed_row": {

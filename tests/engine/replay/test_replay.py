@@ -24,7 +24,7 @@ from modelpack_engine.kernels import launch, operations, recording
 from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel
 from modelpack_engine.kernels.recording import Note, NotRecordedError, Transient, recorded
 from modelpack_engine.kernels.sources import kernel_source
-from modelpack_engine.layers import adapters, kernels, matmul, packed
+from modelpack_engine.layers import adapters, kernels, matmul, packed, packed_wide
 from modelpack_engine.layers.weights import Weights
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from modelpack_engine.models.eagle import EagleHead
@@ -1073,6 +1073,7 @@ def test_weights_are_dequantised_one_by_one(
         monkeypatch.setattr(matmul, takes, lambda *given, **more: False)
     monkeypatch.setattr(packed, "tile_for", lambda *given: None)
     monkeypatch.setattr(packed, "fits_row", lambda *given: False)
+    monkeypatch.setattr(packed_wide, "tile_for", lambda *given, **more: None)
     monkeypatch.setattr(matmul, "FEW_ROWS", 0)
     make = partial(make_engine, bits=4, biases=biases, layers=3)
     wanted = by_mlx(SCENARIOS["batches"], make)

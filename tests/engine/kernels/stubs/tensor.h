@@ -34,6 +34,7 @@ void pa_copy_or_zero(void* to, const void* from, bool there) {
 inline void pa_copy16_or_zero(void* to, const void* from, bool there) { pa_copy_or_zero<16>(to, from, there); }
 inline void pa_copy16(void* to, const void* from) { pa_copy_or_zero<16>(to, from, true); }
 inline void pa_copies_commit() {}
+inline void pa_copies_wait_all() {}
 template <int LEFT>
 void pa_copies_wait() { static_assert(LEFT >= 0); }
 template <typename E>
@@ -56,6 +57,12 @@ unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned
     y[i] = (pa_half_of<E>(numbers, i) - pa_half_of<E>(offsets, i)) * pa_half_of<E>(scales, i) + pa_half_of<E>(biases, i);
   }
   return pa_pack<E>(y[0], y[1]);
+}
+template <typename E>
+unsigned pa_fma2(unsigned x, unsigned y, unsigned z) {
+  float found[2];
+  for (int i = 0; i < 2; i++) found[i] = pa_half_of<E>(x, i) * pa_half_of<E>(y, i) + pa_half_of<E>(z, i);
+  return pa_pack<E>(found[0], found[1]);
 }
 // A warp's registers, which its lanes show each other.
 unsigned pa_shown[32][32][6];
@@ -126,6 +133,7 @@ inline void pa_bulk_copy(void* to, const void* from, int bytes, PaBarrier* barri
   std::memcpy(to, from, bytes);
   pa_barrier_count(barrier, 0, -bytes);
 }
+inline void pa_barrier_arrive_after_copies(PaBarrier* barrier) { pa_barrier_arrive(barrier); }
 template <int THREADS>
 void pa_sync_first() {
   static Barrier barrier(THREADS);
@@ -151,6 +159,7 @@ inline void pa_load_matrices(unsigned (&b)[4], const void* from, bool transposed
 inline void pa_ldmatrix(unsigned (&b)[4], const void* from) { pa_load_matrices(b, from, false); }
 inline void pa_ldmatrix_trans(unsigned (&b)[4], const void* from) { pa_load_matrices(b, from, true); }
 inline unsigned long long pa_matrix(const void* from) { return (const unsigned char*)from - pa_memory; }
+inline unsigned long long pa_matrix_after(unsigned long long matrix, unsigned bytes) { return matrix + bytes; }
 template <int N>
 struct PaNumber {
   static constexpr int VALUE = N;
@@ -163,13 +172,13 @@ inline unsigned pa_pair_of(unsigned long long matrix, int line, int k) {
   std::memcpy(&found, pa_memory + at, 4);
   return found;
 }
-template <typename E, int N, int FROM, int TILES>
+template <typename E, int N, int TILES>
 void pa_wgmma(float (&d)[TILES][4], const unsigned (&a)[4], unsigned long long matrix) {
   auto* lanes = pa_shown[pa_emu->thread / 32];
   std::memcpy(lanes[pa_emu->thread & 31], a, 16);
   pa_emu->simd->barrier.wait();
   for (int tile = 0; tile < N; tile++) {
-    pa_multiply(d[FROM + tile], lanes, pa_half_of<E>, [&](int k, int n) {
+    pa_multiply(d[tile], lanes, pa_half_of<E>, [&](int k, int n) {
       return pa_half_of<E>(pa_pair_of(matrix, tile * 8 + n, k / 2 * 2), k % 2);
     });
   }
@@ -180,10 +189,12 @@ void pa_wgmma_shared(float (&d)[TILES][4], unsigned long long rows, unsigned lon
   const int line = pa_emu->thread % 128 / 32 * 16 + pa_emu->thread % 32 / 4, k = pa_emu->thread % 4 * 2;
   const unsigned a[4] = {pa_pair_of(rows, line, k), pa_pair_of(rows, line + 8, k),
                          pa_pair_of(rows, line, k + 8), pa_pair_of(rows, line + 8, k + 8)};
-  pa_wgmma<E, N, 0>(d, a, matrix);
+  pa_wgmma<E, N>(d, a, matrix);
 }
 template <int LEFT = 0>
 void pa_wgmma_wait() {}
 inline void pa_wgmma_commit() {}
 inline void pa_wgmma_fence() {}
 inline void pa_async_fence() {}
+template <int TILES>
+void pa_wgmma_sums(float (&)[TILES][4]) {}

@@ -1,0 +1,37 @@
+// Weights of a group of affine quantised ones as pairs for CUDA's tensor cores: WHOLE times their product is that
+// of the weights. The pairs of a word have the codes (0 4) (1 5) (2 6) (3 7), or of 8 bits (0 2) (1 3).
+template <typename E, int BITS>
+struct PaAffine {  // __half: 1024 + code, or 1024 + 16 codes, as bits
+  static constexpr float WHOLE = 1.0f;
+  unsigned scales, biases;
+  PaAffine() = default;
+  __device__ PaAffine(unsigned short scale, unsigned short bias) : scales(scale * 0x10001u), biases(bias * 0x10001u) {}
+  __device__ unsigned weights(unsigned word, int pair) const {
+    if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
+    const bool high = BITS == 4 && pair % 2;
+    const unsigned numbers = pa_masked(word, BITS == 8 ? 0x00ff00ffu : high ? 0x00f000f0u : 0x000f000fu, 0x64006400u);
+    // 1/16 and -64, or 1 and -1024
+    const unsigned codes = pa_fma2<E>(numbers, high ? 0x2c002c00u : 0x3c003c00u, high ? 0xd400d400u : 0xe400e400u);
+    return pa_fma2<E>(codes, scales, biases);
+  }
+};
+// Bits 0 to 7 of a bfloat16, if the others are zero, are an integer times 2^-133. Weights are shrunk by 2^32, so that
+// the factors that make weights of such numbers are not too large: scales are below 2^27, and biases of less than 2^-94
+// lose bits.
+template <int BITS>
+struct PaAffine<__nv_bfloat16, BITS> {
+  static constexpr float WHOLE = 4294967296.0f;
+  unsigned scales, scales_of_high, biases;
+  PaAffine() = default;
+  __device__ PaAffine(unsigned short scale, unsigned short bias) {
+    scales = pa_fma2<__nv_bfloat16>(scale * 0x10001u, 0x72007200u, 0x80008000u);          // times 2^101
+    scales_of_high = pa_fma2<__nv_bfloat16>(scale * 0x10001u, 0x70007000u, 0x80008000u);  // times 2^97
+    biases = pa_fma2<__nv_bfloat16>(bias * 0x10001u, 0x2f802f80u, 0x80008000u);           // times 2^-32
+  }
+  __device__ unsigned weights(unsigned word, int pair) const {
+    if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
+    const bool high = BITS == 4 && pair % 2;
+    return pa_fma2<__nv_bfloat16>(word & (BITS == 8 ? 0x00ff00ffu : high ? 0x00f000f0u : 0x000f000fu),
+                                  high ? scales_of_high : scales, biases);
+  }
+};
