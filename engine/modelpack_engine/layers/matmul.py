@@ -216,7 +216,7 @@ def _takes(x: mx.array, weights: Weights) -> bool:
     return (
         x.shape[0] <= (FEW_ROWS if weights.bits else FEW_ROWS_PLAIN)
         and fits(x, weights)
-        and verdict(x.dtype, weights.bits or 16) is None
+        and verdict(x.dtype, weights.bits or 16, weights.bias is not None) is None
     )
 
 
@@ -275,10 +275,12 @@ def _run(
     return out
 
 
-def _compare(dtype: mx.Dtype, bits: int) -> str | None:
+def _compare(dtype: mx.Dtype, bits: int, biased: bool) -> str | None:
     keys = launch.random_keys(9, 3)
     outputs, inputs = 208, 1024
-    weights, full, bias = random_weights(dtype, bits, (outputs, inputs), 1 / 32, keys[0], keys[1])
+    weights, full, bias = random_weights(
+        dtype, bits, (outputs, inputs), 1 / 32, keys[0], keys[1], biased=biased
+    )
     for rows in (13, max(_TILES[bits])):
         x = mx.random.normal((rows, inputs), key=keys[2]).astype(dtype)
         expected = x.astype(mx.float32) @ full.T + bias
@@ -294,6 +296,6 @@ def _compare(dtype: mx.Dtype, bits: int) -> str | None:
     return None
 
 
-#: None if our kernel multiplies as MLX does for a type and the bits of a weight, otherwise the
-#: problem.
+#: None if our kernel multiplies as MLX does for a type and the bits of a weight, with a bias or
+#: without, otherwise the problem.
 verdict = launch.Verdict(_compare)

@@ -183,7 +183,9 @@ def strips_for(x: mx.array, weights: Weights, *, parted: bool = False) -> Strips
     assert weights.bits is not None
     bits, size = weights.bits, weights.group_size
     found = plan_strips(rows, weights.num_inputs, bits, size, parted=parted)
-    if found is None or strips_verdict(x.dtype, bits, size, found.rows) is not None:
+    if found is None:
+        return None
+    if strips_verdict(x.dtype, bits, size, found.rows, weights.bias is not None) is not None:
         return None
     return found
 
@@ -413,12 +415,14 @@ def _compare_row(dtype: mx.Dtype, group_size: int) -> str | None:
     return launch.difference(found, 1e-1)
 
 
-def _compare_strips(dtype: mx.Dtype, bits: int, group_size: int, rows: int) -> str | None:
+def _compare_strips(
+    dtype: mx.Dtype, bits: int, group_size: int, rows: int, biased: bool
+) -> str | None:
     keys = launch.random_keys(16, 5)
     units = 40 if rows <= 2 else 16  # with 40, the last stage of a strip is a shorter one
     outputs, inputs = 16 * 20 + 8, _UNIT * units
     weights, full, bias = random_weights(
-        dtype, bits, (outputs, inputs), 1 / 128, keys[0], keys[1], group_size
+        dtype, bits, (outputs, inputs), 1 / 128, keys[0], keys[1], group_size, biased=biased
     )
     a, b = (mx.random.normal((rows, inputs), key=key).astype(dtype) for key in keys[2:4])
     whole = plan_strips(rows, inputs, bits, group_size)
@@ -447,6 +451,7 @@ def _compare_strips(dtype: mx.Dtype, bits: int, group_size: int, rows: int) -> s
 
 
 #: None if our kernel multiplies as MLX does for a type, weights and a tile, otherwise the problem;
-#: that of one row, for a type and a size of groups; that of strips, also for a number of rows.
+#: that of one row, for a type and a size of groups; that of strips, also for a number of rows, and
+#: whether there is a bias.
 verdict, row_verdict = launch.Verdict(_compare), launch.Verdict(_compare_row)
 strips_verdict = launch.Verdict(_compare_strips)

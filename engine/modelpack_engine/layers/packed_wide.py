@@ -7,7 +7,7 @@ and convert codes in registers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -86,8 +86,8 @@ def tile_for(x: mx.array, weights: Weights, *, swiglu: bool = False) -> WideTile
     tile = next((tile for tile in TILES if tile.rows >= rows), TILES[-1])
     if swiglu and tile.rows == GATED.rows:
         tile = GATED
-    biased = weights.bias is not None
-    return tile if verdict(x.dtype, bits, size, tile, biased=biased) is None else None
+    problem = verdict(x.dtype, bits, size, tile, weights.bias is not None)
+    return tile if problem is None else None
 
 
 def num_parts(tile: WideTile, rows: int, weights: Weights) -> int:
@@ -166,16 +166,15 @@ def multiply(
 
 
 def _compare(
-    dtype: mx.Dtype, bits: int, group_size: int, tile: WideTile, *, biased: bool
+    dtype: mx.Dtype, bits: int, group_size: int, tile: WideTile, biased: bool
 ) -> str | None:
     keys = launch.random_keys(17, 4)
     rows, inputs, outputs = tile.rows + 5, 1024, 2 * tile.outputs + 48
 
     def made(outputs: int) -> tuple[Weights, mx.array, mx.array]:
-        shape = outputs, inputs
-        made, full, bias = random_weights(dtype, bits, shape, 1 / 32, keys[0], keys[1], group_size)
-        # Without a bias, the kernels that are compiled here are those of most models.
-        return (made, full, bias) if biased else (replace(made, bias=None), full, bias * 0)
+        return random_weights(
+            dtype, bits, (outputs, inputs), 1 / 32, keys[0], keys[1], group_size, biased=biased
+        )
 
     x, more = (mx.random.normal((rows, inputs), key=key).astype(dtype) for key in keys[2:])
     (weights, full, bias), (whole, _, _) = made(outputs), made(512)
@@ -203,5 +202,6 @@ def _compare(
     return launch.difference(found, 5e-2)
 
 
-#: None if the kernels compute as MLX does for a type, weights and a tile, otherwise the problem.
+#: None if the kernels compute as MLX does for a type, weights (also whether they have a bias) and a
+#: tile, otherwise the problem.
 verdict = launch.Verdict(_compare)

@@ -147,8 +147,14 @@ def random_weights(
     key: mx.array,
     of_bias: mx.array,
     group_size: int = 32,
+    *,
+    biased: bool = True,
 ) -> tuple[Weights, mx.array, mx.array]:
-    """Return random weights for a test, and the same weights and their bias in float32."""
+    """Return random weights for a test, and the same weights and their bias in float32.
+
+    Unless they are `biased`, they have no bias, and zeros are returned: a kernel that is compared
+    without one need not be compiled again for most models.
+    """
     full = (mx.random.normal(shape, key=key) * scale).astype(dtype)
     bias = mx.random.normal(shape[:-1], key=of_bias).astype(dtype)
     weights = Weights.plain(full, bias)
@@ -156,4 +162,6 @@ def random_weights(
         packed = mx.quantize(full, group_size, bits)
         full = mx.dequantize(*packed, group_size, bits)
         weights = Weights(*packed, bias, bits, group_size, "affine")
+    if not biased:
+        weights, bias = replace(weights, bias=None), mx.zeros_like(bias)
     return weights, full.astype(mx.float32), bias.astype(mx.float32)

@@ -37,7 +37,7 @@ def weights(bits: int = 4, group_size: int = 64, inputs: int = 256, **more: Any)
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
     monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
-    monkeypatch.setattr(packed_wide, "verdict", lambda *_, **__: None)
+    monkeypatch.setattr(packed_wide, "verdict", lambda *_: None)
     monkeypatch.setattr(packed, "verdict", lambda *_: None)
     monkeypatch.setattr(packed, "row_verdict", lambda *_: None)
     monkeypatch.setattr(packed, "strips_verdict", lambda *_: None)
@@ -106,9 +106,9 @@ def test_without_warpgroups_or_by_a_problem_few_rows_or_none_are_multiplied(
 ) -> None:
     few, many = mx.zeros((4, 256), BF16), mx.zeros((40, 256), BF16)
     assert packed_wide.tile_for(many, weights()) is not None
-    monkeypatch.setattr(packed_wide, "verdict", lambda *_, **__: "it is off")
+    monkeypatch.setattr(packed_wide, "verdict", lambda *_: "it is off")
     assert packed_wide.tile_for(many, weights()) is None
-    monkeypatch.setattr(packed_wide, "verdict", lambda *_, **__: None)
+    monkeypatch.setattr(packed_wide, "verdict", lambda *_: None)
     monkeypatch.setattr(packed, "has_warpgroups", lambda: False)
     assert packed.tile_for(few, weights()) is not None
     assert packed_wide.tile_for(many, weights()) is None
@@ -290,7 +290,7 @@ def test_norms_and_swiglu_are_computed_in_the_order_of_the_next_matmul(
     host: Host, monkeypatch: pytest.MonkeyPatch, also_in_rows: bool
 ) -> None:
     """And in rows only if something else reads these; emulated kernels all run when called."""
-    monkeypatch.setattr(packed_wide, "verdict", lambda *_, **__: None)
+    monkeypatch.setattr(packed_wide, "verdict", lambda *_: None)
     keys = mx.random.split(mx.random.key(5), 3)
     a, b = (mx.random.normal((20, 1, 256), key=key).astype(BF16) for key in keys[:2])
     norm = mx.random.uniform(0.5, 1.5, (256,), key=keys[2]).astype(BF16)
@@ -358,7 +358,7 @@ def test_warpgroups_agree_with_mlx(
     host: Host, tile: packed_wide.WideTile, dtype: mx.Dtype, bits: int, group_size: int
 ) -> None:
     biased = group_size != 64
-    assert packed_wide.verdict(dtype, bits, group_size, tile, biased=biased) is None
+    assert packed_wide.verdict(dtype, bits, group_size, tile, biased) is None
     gated = [call["SWIGLU"] for body, call in host.calls if body == "packed_wide"]
     assert set(gated) == ({True} if tile == packed_wide.GATED else {False, True})
     assert {call["BIAS"] for body, call in host.calls if body == "packed_wide"} == {biased}
@@ -386,7 +386,7 @@ def test_the_verdict_names_wrong_warpgroups(
     host: Host, bits: int, tile: int, wrong: tuple[str, str], problem: str
 ) -> None:
     host.break_by(lambda _, text: text.replace(*wrong))
-    found = packed_wide.verdict(BF16, bits, 64, packed_wide.TILES[tile], biased=True)
+    found = packed_wide.verdict(BF16, bits, 64, packed_wide.TILES[tile], True)
     assert str(found).startswith(f"{problem} is off")
 
 
@@ -450,9 +450,10 @@ def test_a_row_is_added_normed_and_multiplied_by_one_kernel(
 def test_strips_agree_with_mlx(
     host: Host, dtype: mx.Dtype, group_size: int, bits: int, rows: int
 ) -> None:
-    assert packed.strips_verdict(dtype, bits, group_size, rows) is None
+    biased = group_size != 64
+    assert packed.strips_verdict(dtype, bits, group_size, rows, biased) is None
     calls = [call for _, call in host.calls]
-    assert {call["BITS"] for call in calls} == {bits}
+    assert {(call["BITS"], call["BIAS"]) for call in calls} == {(bits, biased)}
     assert max(call["STRIDE"] for call in calls) < 21  # blocks compute several strips
     assert {call["ROWS"] for call in calls} == {rows}
     shorter = [call["D"] // 256 % call["WARPS"] for call in calls]
@@ -484,7 +485,7 @@ def test_the_verdict_names_wrong_strips(
         return text.replace(*wrong)
 
     host.break_by(broken)
-    assert str(packed.strips_verdict(BF16, bits, 64, rows)).startswith(problem)
+    assert str(packed.strips_verdict(BF16, bits, 64, rows, True)).startswith(problem)
 
 
 @pytest.mark.long

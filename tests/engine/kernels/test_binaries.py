@@ -362,8 +362,8 @@ CALLS: dict[str, Callable[[], object]] = {
     "fused layers": lambda: kernels._compare(BF16),
     "fused layers, float32": lambda: kernels._compare(F32),
     "routes": lambda: expert_kernels._compare_routing(BF16),
-    "products": lambda: matmul._compare(BF16, 16),
-    "products, 4 bits": lambda: matmul._compare(F16, 4),
+    "products": lambda: matmul._compare(BF16, 16, False),
+    "products, 4 bits": lambda: matmul._compare(F16, 4, True),
     "packed weights": lambda: packed._compare(BF16, 4, 64, packed.TILE),
     "packed weights, 8 bits": lambda: packed._compare(F16, 8, 32, packed.TILE),
     "packed weights, one row": lambda: packed._compare_row(BF16, 64),
@@ -446,7 +446,7 @@ def test_nvidia_s_compiler_takes_warpgroups(
     monkeypatch.setattr(launch, "backend", lambda: "cuda")
     compiling.beside = tile.beside
     for biased in (False, True):
-        packed_wide._compare(dtype, bits, group_size, tile, biased=biased)
+        packed_wide._compare(dtype, bits, group_size, tile, biased)
     assert compiling.done
 
 
