@@ -19,6 +19,10 @@ __device__ inline void pa_barrier_expect(PaBarrier* barrier, int bytes) {
 __device__ inline void pa_barrier_arrive(PaBarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(pa_shared_address(barrier)) : "memory");
 }
+// Arrive when this thread's copies so far (cp.async) are there.
+__device__ inline void pa_barrier_arrive_after_copies(PaBarrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(pa_shared_address(barrier)) : "memory");
+}
 // Wait until the barrier has completed its phase number 0, 2, 4... (parity 0) or 1, 3, 5...
 __device__ inline void pa_barrier_wait(PaBarrier* barrier, int parity) {
   asm volatile("{.reg .pred p;\nPA_WAIT_%=:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"

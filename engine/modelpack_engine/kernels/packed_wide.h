@@ -82,7 +82,8 @@
       bring_weights(step, s);
       if (++s == STAGES) s = 0, parity ^= 1;
     }
-    pa_copies_wait_all();
+    pa_copies_commit();
+    pa_copies_wait<0>();
     return;
   }
 

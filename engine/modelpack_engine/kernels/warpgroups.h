@@ -1,12 +1,5 @@
 // CUDA: matmuls of a warpgroup's 64 rows, in registers or shared memory, with a matrix in
-// shared memory. (PTX ISA: cp.async; wgmma.mma_async, compute capability 9.0a.)
-// Arrive when this thread's copies so far are there.
-__device__ inline void pa_barrier_arrive_after_copies(unsigned long long* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
-               : "memory");
-}
-__device__ inline void pa_copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// shared memory. (PTX ISA: wgmma.mma_async, compute capability 9.0a.)
 template <int N>
 struct PaNumber {
   static constexpr int VALUE = N;

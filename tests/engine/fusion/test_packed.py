@@ -318,7 +318,7 @@ def test_norms_and_swiglu_are_computed_in_the_order_of_the_next_matmul(
 
 
 def test_sums_are_freed_at_once(host: Host) -> None:
-    """A draft has sums of its own, of which nobody would free a cycle of references."""
+    """A draft makes its own sums: their memory is free as soon as they are not used."""
 
     class Known(Sums):
         """Sums that can be watched."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.engine.kernels.emulator import Emulator, build
@@ -19,6 +21,29 @@ BF16, F16 = mx.bfloat16, mx.float16
 def instance(dtype: mx.Dtype, out: mx.Dtype, constants: dict[str, int | bool]) -> Instance:
     types = (("T", C_TYPES[dtype]), ("O", C_TYPES[out]))
     return Instance("packed", types, tuple(constants.items()))
+
+
+def errors(
+    out: mx.array, x: mx.array, packed: Sequence[mx.array], bias: mx.array, given: dict[str, Any]
+) -> npt.NDArray[np.float64]:
+    """Return how far the sum of parts is from float64's, of 1 + its size."""
+    outputs, inputs = bias.shape[0], x.shape[1]
+    codes = np.array(packed[0]).view(np.uint8)
+    if given["BITS"] == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(outputs, inputs)
+    scales, biases = (
+        np.repeat(np.array(a.astype(mx.float32), np.float64), given["GROUP"], axis=1)
+        for a in packed[1:]
+    )
+    full = codes * scales + biases
+    expected = np.array(x.astype(mx.float32), np.float64) @ full.T
+    expected += np.array(bias.astype(mx.float32), np.float64)
+    if given["SWIGLU"]:
+        gate, up = np.split(expected, 2, axis=1)
+        expected = gate / (1 + np.exp(-gate)) * up
+    found = np.array(out.astype(mx.float32), np.float64).sum(axis=0)
+    error: npt.NDArray[np.float64] = np.abs(found - expected) / (1 + np.abs(expected))
+    return error
 
 
 def check(
@@ -55,21 +80,7 @@ def check(
     grid = (-(-rows // given["MT"]), -(-width // across), parts)
     done = emulator.run(made, views, grid, given["WARPS"] * 32, tmp_path / "run")
     assert done.returncode == 0, done.stderr[:2000]
-    codes = np.array(packed[0]).view(np.uint8)
-    if given["BITS"] == 4:
-        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(outputs, inputs)
-    scales, biases = (
-        np.repeat(np.array(a.astype(mx.float32), np.float64), given["GROUP"], axis=1)
-        for a in packed[1:]
-    )
-    full = codes * scales + biases
-    expected = np.array(x.astype(mx.float32), np.float64) @ full.T
-    expected += np.array(bias.astype(mx.float32), np.float64)
-    if swiglu:
-        gate, up = np.split(expected, 2, axis=1)
-        expected = gate / (1 + np.exp(-gate)) * up
-    found = np.array(out.astype(mx.float32), np.float64).sum(axis=0)
-    error = np.abs(found - expected) / (1 + np.abs(expected))
+    error = errors(out, x, packed, bias, given)
     assert error.max() < (0.01 if dtype == BF16 else 0.002), error.max()
 
 
@@ -133,15 +144,7 @@ def check_wide(
         tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[:2000]
-    scales, biases = (array.astype(mx.float32) for array in packed[1:])
-    full = mx.dequantize(packed[0], scales, biases, given["GROUP"], given["BITS"])
-    expected = np.array(x.astype(mx.float32), np.float64) @ np.array(full, np.float64).T
-    expected += np.array(bias.astype(mx.float32), np.float64)
-    if given["SWIGLU"]:
-        gate, up = np.split(expected, 2, axis=1)
-        expected = gate / (1 + np.exp(-gate)) * up
-    found = np.array(out.astype(mx.float32), np.float64).sum(axis=0)
-    error = np.abs(found - expected) / (1 + np.abs(expected))
+    error = errors(out, x, packed, bias, given)
     assert error.max() < (0.015 if dtype == BF16 else 0.002), error.max()
 
 

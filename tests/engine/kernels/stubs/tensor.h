@@ -34,7 +34,6 @@ void pa_copy_or_zero(void* to, const void* from, bool there) {
 inline void pa_copy16_or_zero(void* to, const void* from, bool there) { pa_copy_or_zero<16>(to, from, there); }
 inline void pa_copy16(void* to, const void* from) { pa_copy_or_zero<16>(to, from, true); }
 inline void pa_copies_commit() {}
-inline void pa_copies_wait_all() {}
 template <int LEFT>
 void pa_copies_wait() { static_assert(LEFT >= 0); }
 template <typename E>
