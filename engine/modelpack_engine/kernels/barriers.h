@@ -41,14 +41,3 @@ __device__ inline void pa_sync_first() {
   asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
 }
 __device__ inline void pa_sync_warp() { __syncwarp(); }
-// A number that the compiler does not know, so that it stays in a register.
-__device__ inline unsigned pa_unknown(unsigned number) {
-  asm volatile("" : "+r"(number));
-  return number;
-}
-// (word & mask) | others in one instruction; the compiler takes two.
-__device__ inline unsigned pa_masked(unsigned word, unsigned mask, unsigned others) {
-  unsigned y;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(word), "r"(mask), "r"(others));
-  return y;
-}

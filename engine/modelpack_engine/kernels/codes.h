@@ -16,3 +16,29 @@ struct PaCodes<__nv_bfloat16, BITS> {
     return pa_pack<__nv_bfloat16>(low, high);
   }
 };
+// The numbers of a word's pairs of codes, (0 4) (1 5) (2 6) (3 7), or of 8 bits (0 2) (1 3): OFFSET + code, by which
+// `rows` of such pairs are multiplied; WHOLE times the sum is that of the products.
+template <typename E, int BITS>
+struct PaPairs {  // __half
+  static constexpr float WHOLE = 1.0f, OFFSET = 1024.0f;
+  static __device__ inline unsigned numbers(unsigned word, int pair) {
+    if (BITS == 8) return __byte_perm(pair ? word >> 8 : word, 0x64646464u, 0x4240);
+    return pa_masked(word >> pair * 4, 0x000f000fu, 0x64006400u);
+  }
+  static __device__ inline uint4 rows(uint4 pairs) { return pairs; }
+};
+// Bits 0 to 7 of a bfloat16, if the others are zero, are an integer times 2^-133. Elements of rows, which are below
+// 2^64, are multiplied by 2^64, or by 2^60 for codes in bits 4 to 7.
+template <int BITS>
+struct PaPairs<__nv_bfloat16, BITS> {
+  static constexpr float WHOLE = 590295810358705651712.0f, OFFSET = 0.0f;  // 2^69
+  static __device__ inline unsigned numbers(unsigned word, int pair) {
+    if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
+    return word & (BITS == 8 ? 0x00ff00ffu : pair % 2 ? 0x00f000f0u : 0x000f000fu);
+  }
+  static __device__ inline uint4 rows(uint4 pairs) {
+    const unsigned high = BITS == 4 ? 0x5d805d80u : 0x5f805f80u, zero = 0x80008000u;
+    return {pa_fma2<__nv_bfloat16>(pairs.x, 0x5f805f80u, zero), pa_fma2<__nv_bfloat16>(pairs.y, high, zero),
+            pa_fma2<__nv_bfloat16>(pairs.z, 0x5f805f80u, zero), pa_fma2<__nv_bfloat16>(pairs.w, high, zero)};
+  }
+};

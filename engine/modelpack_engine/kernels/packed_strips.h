@@ -22,7 +22,7 @@
   constexpr int STAGE = 16 * PITCH + 32 * SCALE_PITCH;
   constexpr bool KEPT = SPLIT == 1;                         // a warp multiplies the same inputs always
   constexpr int COLUMNS = ROWS == 1 ? 1 : 2;                // the rows that a lane has sums of
-  typedef PaCodes<T, BITS> Codes;
+  typedef PaPairs<T, BITS> Pairs;
   typedef PaVec<T, 8> Eight;
   extern __shared__ __align__(1024) unsigned char pa_memory[];
   unsigned char* given = pa_memory + STAGES * STAGE;        // the rows, in the order in which lanes read them
@@ -68,7 +68,7 @@
   }
 
   PA_WAIT_FOR_BEFORE();  // only weights are read before, and nothing is written
-  // Eight values of a row, in the pairs in which codes are: of 4 bits (0 4) (1 5) (2 6) (3 7), as they lie in a word.
+  // Eight values of a row, in the pairs in which codes are.
   auto place = [&](int group, int eight, int row, int by) {
     return (uint4*)given + ((group * RUN + eight) * ROWS + row) * 4 + by;
   };
@@ -77,9 +77,10 @@
     if (there) {
       PA_UNROLL for (int e = 0; e < 8; e++) sum += float(values.e[e]);
       const uint4 v = *(const uint4*)&values;
-      *place(at / EIGHTS, at % RUN, row, at % EIGHTS / RUN) = BITS == 8 ? v :
-          uint4{__byte_perm(v.x, v.z, 0x5410), __byte_perm(v.x, v.z, 0x7632),
-                __byte_perm(v.y, v.w, 0x5410), __byte_perm(v.y, v.w, 0x7632)};
+      const unsigned one = BITS == 8 ? v.y : v.z, two = BITS == 8 ? v.z : v.y;
+      *place(at / EIGHTS, at % RUN, row, at % EIGHTS / RUN) =
+          Pairs::rows({__byte_perm(v.x, one, 0x5410), __byte_perm(v.x, one, 0x7632),
+                         __byte_perm(two, v.w, 0x5410), __byte_perm(two, v.w, 0x7632)});
     }
     PA_UNROLL for (int mask = GROUP / 16; mask > 0; mask /= 2) sum += PA_XOR(sum, mask);
     if (there && at % EIGHTS == 0) whole[at / EIGHTS * ROWS + row] = sum;
@@ -136,8 +137,6 @@
   }
   pa_sync_first<THREADS>();
 
-  const unsigned mask = pa_unknown(0x000f000fu);
-  auto numbers = [&](unsigned word) { return pa_masked(word, mask, Codes::OFFSETS); };
   auto rows_of = [&](int group, int eight) { return *place(group, eight, r % ROWS, c); };
   auto sum_of = [&](int group, int h) { return whole[group * ROWS + (ROWS == 1 ? 0 : (c * 2 + h) % ROWS)]; };
   constexpr bool KEPT_SUMS = KEPT && GROUPS <= 4;  // more would take too many registers
@@ -177,7 +176,7 @@
           PA_UNROLL for (int high = 0; high < 2; high++) {
             PA_UNROLL for (int p = 0; p < 4; p++) {
               const unsigned word = codes[high].e[BITS == 8 ? e * 2 + p / 2 : e];
-              pairs[p][high] = BITS == 8 ? Codes::bytes(word >> p % 2 * 16) : numbers(word >> p * 4);
+              pairs[p][high] = Pairs::numbers(word, BITS == 8 ? p % 2 : p);
             }
           }
           const unsigned one[4] = {pairs[0][0], pairs[0][1], pairs[1][0], pairs[1][1]};
@@ -187,10 +186,10 @@
         }
         PA_UNROLL for (int high = 0; high < 2; high++) {
           const float scale = float(by[high][0].e[g % AT_A_TIME]);
-          const float offset = float(by[high][1].e[g % AT_A_TIME]) - Codes::OFFSET * scale;
+          const float offset = float(by[high][1].e[g % AT_A_TIME]) - Pairs::OFFSET * scale;
           PA_UNROLL for (int h = 0; h < COLUMNS; h++) {
             const float all = KEPT_SUMS ? own_sums[KEPT_SUMS ? g : 0][h] : sum_of(unit * GROUPS + g, h);
-            acc[high][h] += scale * sum[high * 2 + h] + offset * all;
+            acc[high][h] += scale * Pairs::WHOLE * sum[high * 2 + h] + offset * all;
           }
         }
       }

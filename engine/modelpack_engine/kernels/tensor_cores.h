@@ -59,3 +59,42 @@ __device__ inline unsigned pa_pack(float x, float y) {
   alignas(4) E both[2] = {E(x), E(y)};
   return *reinterpret_cast<const unsigned*>(both);
 }
+// (numbers - offsets) * scales + biases, of pairs.
+template <typename E>
+__device__ inline unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned biases);
+template <>
+__device__ inline unsigned pa_affine<__nv_bfloat16>(
+    unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
+  unsigned y;
+  asm("{.reg .b32 t; sub.rn.bf16x2 t, %1, %2; fma.rn.bf16x2 %0, t, %3, %4;}"
+      : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
+  return y;
+}
+template <>
+__device__ inline unsigned pa_affine<__half>(
+    unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
+  unsigned y;
+  asm("{.reg .b32 t; sub.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, t, %3, %4;}"
+      : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
+  return y;
+}
+template <typename E>
+__device__ inline unsigned pa_fma2(unsigned x, unsigned y, unsigned z);
+template <>
+__device__ inline unsigned pa_fma2<__nv_bfloat16>(unsigned x, unsigned y, unsigned z) {
+  unsigned found;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(x), "r"(y), "r"(z));
+  return found;
+}
+template <>
+__device__ inline unsigned pa_fma2<__half>(unsigned x, unsigned y, unsigned z) {
+  unsigned found;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(x), "r"(y), "r"(z));
+  return found;
+}
+// (word & mask) | others in one instruction; the compiler takes two.
+__device__ inline unsigned pa_masked(unsigned word, unsigned mask, unsigned others) {
+  unsigned y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(word), "r"(mask), "r"(others));
+  return y;
+}

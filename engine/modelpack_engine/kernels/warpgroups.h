@@ -4,39 +4,6 @@ template <int N>
 struct PaNumber {
   static constexpr int VALUE = N;
 };
-// (numbers - offsets) * scales + biases, of pairs.
-template <typename E>
-__device__ inline unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned biases);
-template <>
-__device__ inline unsigned pa_affine<__nv_bfloat16>(
-    unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
-  unsigned y;
-  asm("{.reg .b32 t; sub.rn.bf16x2 t, %1, %2; fma.rn.bf16x2 %0, t, %3, %4;}"
-      : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
-  return y;
-}
-template <>
-__device__ inline unsigned pa_affine<__half>(
-    unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
-  unsigned y;
-  asm("{.reg .b32 t; sub.rn.f16x2 t, %1, %2; fma.rn.f16x2 %0, t, %3, %4;}"
-      : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
-  return y;
-}
-template <typename E>
-__device__ inline unsigned pa_fma2(unsigned x, unsigned y, unsigned z);
-template <>
-__device__ inline unsigned pa_fma2<__nv_bfloat16>(unsigned x, unsigned y, unsigned z) {
-  unsigned found;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(x), "r"(y), "r"(z));
-  return found;
-}
-template <>
-__device__ inline unsigned pa_fma2<__half>(unsigned x, unsigned y, unsigned z) {
-  unsigned found;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(x), "r"(y), "r"(z));
-  return found;
-}
 // The descriptor of a [rows, 64] matrix in shared memory, of 128 bytes a row, whose 16-byte chunks are
 // exchanged: chunk ^ row % 8.
 __device__ inline unsigned long long pa_matrix(const void* from) {

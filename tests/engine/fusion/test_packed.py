@@ -464,10 +464,11 @@ def test_strips_agree_with_mlx(
 @pytest.mark.parametrize(
     ("bits", "rows", "wrong", "problem"),
     [
-        (4, 8, ("- Codes::OFFSET * scale", ""), "the product of 8 rows is off"),
+        (4, 8, ("* Pairs::WHOLE", ""), "the product of 8 rows is off"),
+        (4, 8, ("BITS == 8 ? v.y : v.z", "v.y"), "the product of 8 rows is off"),
         (4, 8, ("r % ROWS, c)", "0, c)"), "the product of 8 rows is off"),
         (8, 8, ("e * 2 + p / 2", "e * 2"), "the product of 8 rows is off"),
-        (8, 2, ("p % 2 * 16", "0"), "the product of 2 rows is off"),
+        (8, 2, ("p % 2 : p", "0 : p"), "the product of 2 rows is off"),
         (
             4,
             1,

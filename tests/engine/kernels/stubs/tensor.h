@@ -139,7 +139,6 @@ void pa_sync_first() {
   barrier.wait();
 }
 inline void pa_sync_warp() { pa_emu->simd->barrier.wait(); }
-inline unsigned pa_unknown(unsigned number) { return number; }
 inline unsigned pa_masked(unsigned word, unsigned mask, unsigned others) { return (word & mask) | others; }
 // Four matrices of 8x8 elements, of which each lane shows a line; transposed, a lane gets pairs of a column.
 const uint16_t* pa_lines[8][32];
