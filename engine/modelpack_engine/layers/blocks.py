@@ -353,12 +353,12 @@ def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.ar
     found = numbers.reshape(rows, -1, kind.group) * scales.reshape(rows, -1, 1)
     if kind.mins:
         found = found + offsets.reshape(rows, -1, 1)
-    in_order = mx.take(found.reshape(rows, inputs // 8, 8), _eights(inputs), axis=1)
+    in_order = mx.take(found.reshape(rows, inputs // 8, 8), order_of_eights(inputs), axis=1)
     return in_order.reshape(rows, inputs).astype(dtype)
 
 
 @lru_cache(maxsize=16)
-def _eights(inputs: int) -> mx.array:
+def order_of_eights(inputs: int) -> mx.array:
     """Return the place in words of each eight weights of a row (`eight` in kernels/blocks.h)."""
     units, places = np.divmod(np.arange(inputs // 8), 4)
     return mx.array(units * 4 + (places ^ units // 2 % 4))

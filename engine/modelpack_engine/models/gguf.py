@@ -14,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -84,15 +84,15 @@ class TensorPlan:
     def decoded_bytes(self) -> int:
         """The approximate memory for decoding the parameter: by measurement of its peak.
 
-        Codes take a byte each while they move. Four arrays of them exist at once for blocks, two
-        for layouts of MLX, and one more if columns are reordered or tensors joined. Two arrays of
-        floats exist where tensors are joined as such.
+        Codes take a byte each while they move. Two arrays of them exist at once for layouts of MLX,
+        and one more if columns are reordered or tensors joined. Two arrays of floats exist where
+        tensors are joined as such. MLX moves the codes of blocks, those of a few rows at a time.
         """
         parameter = self.parameter
         stored, elements = parameter.stored_bytes, parameter.elements
         moves = parameter.columns is not None or len(parameter.sources) > 1
         if self.blocks:
-            return stored + (4 + moves) * elements
+            return (1 + moves) * stored
         packed = self.packing and gguf_blocks.affine_bits(parameter.dtype) is not None
         return (2 + moves) * elements if packed else (4 + 4 * moves) * elements
 
@@ -123,7 +123,7 @@ def arrays_of(
     file. Raises `ModelLoadError` for a type that is not supported.
     """
     with ThreadPoolExecutor(_threads(), thread_name_prefix="decode") as pool:
-        waiting: deque[tuple[TensorPlan, Future[Decoded]]] = deque()
+        waiting: deque[tuple[TensorPlan, Future[Decoded | GGUFTensor]]] = deque()
         ahead, limit = 0, max(MAX_AHEAD, available_memory() // _AHEAD_PART)
         total, done = sum(item.parameter.stored_bytes for item in plans), 0
 
@@ -161,13 +161,16 @@ def packing_of(dtype: str, *, requantize: bool) -> Packing | None:
     return Packing(8) if requantize else None
 
 
-def _decode(item: TensorPlan) -> Decoded:
-    """Decode a tensor to numpy arrays in their final shapes: its packed parts, or its values."""
+def _decode(item: TensorPlan) -> Decoded | GGUFTensor:
+    """Decode a tensor to numpy arrays in their final shapes: its packed parts, or its values.
+
+    A tensor that stays in blocks is only read.
+    """
     if item.packing and item.parameter.mixed_bits is not None:
         return _packed(item.parameter.mixed_blocks(), item.parameter.shape)
     tensor = item.parameter.read()
     if item.blocks is not None:
-        return {"weight": gguf_planes.planes(tensor, item.blocks)}
+        return replace(tensor, raw=np.array(tensor.raw))
     if item.packing and item.packing.mode == "mxfp4":
         words, exponents = gguf_blocks.mxfp4_blocks(tensor)
         rows = tensor.shape[:-1]
@@ -185,8 +188,13 @@ def _packed(blocks: AffineBlocks, shape: tuple[int, ...]) -> Decoded:
     return {name: part.reshape(*shape[:-1], -1) for name, part in parts.items()}
 
 
-def _arrays(item: TensorPlan, decoded: Decoded) -> Iterator[tuple[str, mx.array]]:
-    path, values = item.parameter.path, decoded.get("values")
+def _arrays(item: TensorPlan, decoded: Decoded | GGUFTensor) -> Iterator[tuple[str, mx.array]]:
+    path = item.parameter.path
+    if isinstance(decoded, GGUFTensor):
+        assert item.blocks is not None
+        yield f"{path}.weight", gguf_planes.planes(decoded, item.blocks)
+        return
+    values = decoded.get("values")
     if values is None:
         for name, part in decoded.items():
             yield f"{path}.{name}", mx.array(part)

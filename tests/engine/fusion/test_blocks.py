@@ -64,7 +64,7 @@ def test_products_of_stored_blocks_equal_those_of_the_gguf_package(
 ) -> None:
     stored, full = tensor(name, 7, 1280)
     full, kind = full / np.abs(full).max(), BLOCK_TYPES[name]
-    weight = mx.array(planes(stored, kind))
+    weight = planes(stored, kind)
     x = mx.random.normal((rows, 1280), key=mx.random.key(rows)).astype(BF16)
     largest = np.abs(gguf.quants.dequantize(
         stored.raw.reshape(7, -1), gguf.GGMLQuantizationType[name]
@@ -78,7 +78,7 @@ def test_products_of_stored_blocks_equal_those_of_the_gguf_package(
 @pytest.mark.parametrize("name", NAMES)
 def test_values_on_the_host(host: Host, name: str) -> None:
     stored, full = tensor(name, 5, 512)
-    found = blocks.run_values(mx.array(planes(stored, BLOCK_TYPES[name])), BLOCK_TYPES[name], F32)
+    found = blocks.run_values(planes(stored, BLOCK_TYPES[name]), BLOCK_TYPES[name], F32)
     np.testing.assert_allclose(np.array(found), full, rtol=1e-6, atol=1e-5)
     assert [body for body, _ in host.calls] == ["block_values"]
 

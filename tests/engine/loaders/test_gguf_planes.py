@@ -53,7 +53,7 @@ def test_values_equal_those_of_the_gguf_package(
     words = gguf_planes.planes(stored, kind)
     assert words.shape == (rows, kind.words(inputs))
     assert kind.inputs(words.shape[1]) == inputs
-    found = blocks.computed_values(mx.array(words), kind, mx.float32)
+    found = blocks.computed_values(words, kind, mx.float32)
     assert np.array_equal(np.array(found), expected)
 
 
@@ -69,7 +69,7 @@ def test_reordered_columns_keep_their_values(name: str, part: int) -> None:
     assert kind is not None
     assert kind.block == min(BLOCK_TYPES[name].block, part)
     words = gguf_planes.planes(replace(stored, columns=columns), kind)
-    found = np.array(blocks.computed_values(mx.array(words), kind, mx.float32))
+    found = np.array(blocks.computed_values(words, kind, mx.float32))
     moved = expected.reshape(3, -1, part)[:, columns].reshape(3, 768)
     assert np.array_equal(found, moved)
     assert not np.array_equal(found, expected)
@@ -79,7 +79,7 @@ def test_all_exponents_of_mxfp4() -> None:
     raw = random_blocks("MXFP4", 1, 256 * 32).reshape(256, 17)
     raw[:, 0] = np.minimum(np.arange(256), 251)  # the package warns of larger values
     stored = GGUFTensor("w", "MXFP4", (1, 256 * 32), raw.reshape(-1))
-    words = mx.array(gguf_planes.planes(stored, BLOCK_TYPES["MXFP4"]))
+    words = gguf_planes.planes(stored, BLOCK_TYPES["MXFP4"])
     found = blocks.computed_values(words, BLOCK_TYPES["MXFP4"], mx.float32)
     expected = gguf.quants.dequantize(raw.reshape(1, -1), gguf.GGMLQuantizationType.MXFP4)
     assert np.array_equal(np.array(found), expected)
@@ -222,7 +222,7 @@ def test_loading_holds_little_more_than_the_weights(
 def test_a_row_of_another_type_would_be_noticed(tmp_path: Path) -> None:
     """Negative control: the comparison above fails if one scale is wrong."""
     stored, expected = tensor("Q6_K", 3, 512)
-    words = gguf_planes.planes(stored, BLOCK_TYPES["Q6_K"])
+    words = np.array(gguf_planes.planes(stored, BLOCK_TYPES["Q6_K"]))
     words.view(np.uint8)[1, -30] ^= 1  # a scale
     found = blocks.computed_values(mx.array(words), BLOCK_TYPES["Q6_K"], mx.float32)
     wrong = np.array(found) != expected
