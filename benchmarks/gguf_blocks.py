@@ -319,7 +319,7 @@ def measure_type(name: str, outputs: int, inputs: int, deadline: float) -> None:
             return blocks.run_dots(x, weight[i % 3], kind)
 
         def tiles(i: int) -> mx.array:
-            return blocks.run_tiles(x, weight[i % 3], kind, blocks.tile_for(x.shape[0]))
+            return blocks.run_tiles(x, weight[i % 3], kind, blocks.tile_for(x.shape[0], outputs))
 
         ways = {"dense": dense, "tiles": tiles} | ({"dots": dots} if x.shape[0] <= 8 else {})
         expected = x.astype(mx.float32) @ exact.T

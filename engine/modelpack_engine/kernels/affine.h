@@ -35,3 +35,30 @@ struct PaAffine<__nv_bfloat16, BITS> {
                                   high ? scales_of_high : scales, biases);
   }
 };
+// The weights of a group, divided by WHOLE: (number - ZERO) * scale + offset, of pairs of codes below 128, or of VALUES.
+// Given are GAIN times the scale, and LOSS times the offset, which is 0 if ZERO, a power of two, is not.
+template <typename E, int ZERO, bool VALUES>
+struct PaScaled {  // __half
+  static constexpr float WHOLE = 1.0f, GAIN = 1.0f, LOSS = 1.0f;
+  unsigned scales, offsets;
+  PaScaled() = default;
+  __device__ PaScaled(float scale, float offset) : scales(pa_pack<E>(scale, scale)) {
+    offsets = ZERO ? pa_fma2<E>(scales, pa_pack<E>(-ZERO, -ZERO), 0x80008000u) : pa_pack<E>(offset, offset);
+  }
+  __device__ unsigned weights(unsigned numbers) const {
+    if (VALUES) return pa_fma2<E>(numbers, scales, offsets);
+    return pa_affine<E>(numbers | 0x64006400u, 0x64006400u, scales, offsets);  // 1024 + code
+  }
+};
+template <int ZERO, bool VALUES>
+struct PaScaled<__nv_bfloat16, ZERO, VALUES> {
+  static constexpr float WHOLE = PaAffine<__nv_bfloat16, 4>::WHOLE, LOSS = 1.0f / WHOLE;
+  static constexpr float GAIN = VALUES ? LOSS : 2535301200456458802993406410752.0f;  // 2^101
+  unsigned scales, offsets;
+  PaScaled() = default;
+  __device__ PaScaled(float scale, float offset) : scales(pa_pack<__nv_bfloat16>(scale, scale)) {
+    offsets = ZERO ? pa_fma2<__nv_bfloat16>(scales, (0x8000u | ZERO) * 0x10001u, 0x80008000u)
+                   : pa_pack<__nv_bfloat16>(offset, offset);
+  }
+  __device__ unsigned weights(unsigned numbers) const { return pa_fma2<__nv_bfloat16>(numbers, scales, offsets); }
+};

@@ -11,11 +11,13 @@
   typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef typename Codes::Low Low;
   typedef typename Codes::High High;
-  typedef PaCodes<T, 4> Numbers;
+  typedef PaScaled<T, ZERO, (TABLE > 0)> Scaled;
   constexpr int FACTORS = Scales::FACTORS, PARTS = 32 / GROUP;
   constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
   const int K = x_shape[1], N = weight_shape[EXPERTS ? 1 : 0], words = weight_shape[EXPERTS ? 2 : 1], units = K / 32;
   const int lane = PA_LANE, warp = PA_SIMD, r = lane / 4, c = lane % 4, chunks = (units + 3) / 4;
+  PA_LET_NEXT_START();
+  if (EXPERTS) PA_WAIT_FOR_BEFORE();
   const int output0 = PA_X * 16, row0 = EXPERTS ? spans[PA_Y * 3 + 1] : PA_Y * (TILES * 8);
   const int M = EXPERTS ? row0 + spans[PA_Y * 3 + 2] : x_shape[0];
   if (row0 >= M) return;  // a span that is not used
@@ -27,59 +29,72 @@
     if (warp == 0 && lane < 16) values[lane] = pa_pack<T>(pa_value_of<TABLE>(lane), 0.0f);
     PA_SYNC();
   }
+  // What a lane has of a chunk's weights, for outputs r and r + 8.
+  struct Chunk {
+    Low low[2];
+    High high[2];
+    unsigned bytes[2];
+    float factor[2], least[2];
+  } ahead[AHEAD];
+  const unsigned* lines[2];
+  PA_UNROLL for (int h = 0; h < 2; h++) {
+    const int output = output0 + h * 8 + r;
+    lines[h] = weight + (of_expert + (output < N ? output : N - 1)) * words;
+  }
+  auto fetch = [&](Chunk& chunk, int at) {
+    const unsigned unit = at * 4 + c < units ? at * 4 + c : 0;
+    PA_UNROLL for (int h = 0; h < 2; h++) {
+      chunk.low[h] = ((const Low*)lines[h])[unit];
+      if (HIGH > 0) chunk.high[h] = ((const High*)(lines[h] + highs))[unit];
+      const H* given = (const H*)(lines[h] + factors);
+      const unsigned block = unit / (BLOCK / 32) * FACTORS;
+      chunk.factor[h] = EXPONENTS ? Scaled::GAIN : float(given[block]) * Scaled::GAIN;
+      chunk.least[h] = MINS ? float(given[block + 1]) * Scaled::LOSS : 0.0f;
+      chunk.bytes[h] = !SCALED ? 0u : TWO ? ((const unsigned short*)(given + bytes_at))[unit]
+                                          : ((const unsigned char*)(given + bytes_at))[unit];
+    }
+  };
+  PA_UNROLL for (int a = 0; a < AHEAD; a++) {
+    if (warp + a * WARPS < chunks) fetch(ahead[a], warp + a * WARPS);
+  }
+  if (!EXPERTS) PA_WAIT_FOR_BEFORE();  // only weights are read before, and nothing is written
   float acc[TILES][4];
   PA_UNROLL for (int i = 0; i < TILES * 4; i++) acc[i / 4][i % 4] = 0.0f;
-  const unsigned offsets = pa_pack<T>(Numbers::OFFSET + ZERO, Numbers::OFFSET + ZERO);
   for (int from = warp; from < chunks; from += WARPS * AHEAD) {
-    // Load all, then compute: loads wait for memory together.
-    Low low[AHEAD][2];
-    High high[AHEAD][2];
-    unsigned bytes[AHEAD][2];
-    float factor[AHEAD][2], least[AHEAD][2];
     PA_UNROLL for (int a = 0; a < AHEAD; a++) {
-      const int there = (from + a * WARPS) * 4 + c, unit = there < units ? there : 0;
-      PA_UNROLL for (int h = 0; h < 2; h++) {
-        const int output = output0 + h * 8 + r;
-        const unsigned* line = weight + (of_expert + (output < N ? output : N - 1)) * words;
-        low[a][h] = ((const Low*)line)[unit];
-        if (HIGH > 0) high[a][h] = ((const High*)(line + highs))[unit];
-        const H* given = (const H*)(line + factors);
-        const int block = unit / (BLOCK / 32) * FACTORS;
-        factor[a][h] = EXPONENTS ? 1.0f : float(given[block]);
-        least[a][h] = MINS ? float(given[block + 1]) : 0.0f;
-        bytes[a][h] = !SCALED ? 0u : TWO ? ((const unsigned short*)(given + bytes_at))[unit]
-                                         : ((const unsigned char*)(given + bytes_at))[unit];
-      }
-    }
-    PA_UNROLL for (int a = 0; a < AHEAD; a++) {
-      const int there = (from + a * WARPS) * 4 + c, unit = there < units ? there : 0;
-      unsigned scale[2][PARTS], offset[2][PARTS];
+      const int at = from + a * WARPS, there = at * 4 + c, unit = there < units ? there : 0;
+      if (at >= chunks) break;
+      auto row_of = [&](int n, int e) {
+        const int row = row0 + n * 8 + r, from_row = GATHER && row < M ? source[row] : row;
+        if (row >= M || there >= units) return uint4{0, 0, 0, 0};
+        return ((const uint4*)x)[(size_t)from_row * (K / 8) + Codes::eight(unit, e)];
+      };
+      uint4 rows[4];
+      PA_UNROLL for (int e = 0; e < 4; e++) rows[e] = row_of(0, e);
+      Scaled by[2][PARTS];
       PA_UNROLL for (int h = 0; h < 2; h++) {
         PA_UNROLL for (int part = 0; part < PARTS; part++) {
-          const float by = Scales::scale(factor[a][h], bytes[a][h], part);
-          const float plus = Scales::offset(least[a][h], bytes[a][h], part);
-          scale[h][part] = pa_pack<T>(by, by), offset[h][part] = pa_pack<T>(plus, plus);
+          by[h][part] = Scaled(Scales::scale(ahead[a].factor[h], ahead[a].bytes[h], part),
+                               Scales::offset(ahead[a].least[h], ahead[a].bytes[h], part));
         }
       }
       PA_UNROLL for (int e = 0; e < 4; e++) {
         unsigned numbers[4][2];
         PA_UNROLL for (int i = 0; i < 4; i++) {
           PA_UNROLL for (int h = 0; h < 2; h++) {
-            const unsigned two = Codes::pair(low[a][h], high[a][h], e * 4 + i);
-            const unsigned number = TABLE ? values[two & 15u] | values[two >> 16] << 16 : two | Numbers::OFFSETS;
-            numbers[i][h] = pa_affine<T>(number, TABLE ? 0u : offsets, scale[h][e * 8 / GROUP], offset[h][e * 8 / GROUP]);
+            const unsigned two = Codes::pair(ahead[a].low[h], ahead[a].high[h], e * 4 + i);
+            numbers[i][h] = by[h][e * 8 / GROUP].weights(TABLE ? values[two & 15u] | values[two >> 16] << 16 : two);
           }
         }
         const unsigned one[4] = {numbers[0][0], numbers[0][1], numbers[1][0], numbers[1][1]};
         const unsigned two[4] = {numbers[2][0], numbers[2][1], numbers[3][0], numbers[3][1]};
         PA_UNROLL for (int n = 0; n < TILES; n++) {
-          const int row = row0 + n * 8 + r, from_row = GATHER && row < M ? source[row] : row;
-          uint4 b = {0, 0, 0, 0};
-          if (row < M && there < units) b = ((const uint4*)x)[(size_t)from_row * (K / 8) + Codes::eight(unit, e)];
+          const uint4 b = n == 0 ? rows[e] : row_of(n, e);
           pa_mma<T>(acc[n], one, b.x, b.y);
           pa_mma<T>(acc[n], two, b.z, b.w);
         }
       }
+      if (at + WARPS * AHEAD < chunks) fetch(ahead[a], at + WARPS * AHEAD);
     }
   }
   // The warps' sums, by row and output.
@@ -92,7 +107,7 @@
     const int row = row0 + i / 16, output = output0 + i % 16;
     if (row < M && output < N) {
       float y = BIAS ? float(bias[of_expert + output]) : 0.0f;
-      PA_UNROLL for (int w = 0; w < WARPS; w++) y += sums[w * TILES * 128 + i];
+      PA_UNROLL for (int w = 0; w < WARPS; w++) y += sums[w * TILES * 128 + i] * Scaled::WHOLE;
       out[(size_t)row * N + output] = O(y);
     }
   }

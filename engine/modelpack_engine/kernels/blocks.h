@@ -13,7 +13,8 @@ struct PaBlocks {
   static PA_FUNCTION unsigned int codes(unsigned int low, unsigned int high, int i) {
     const unsigned int found = low >> (i % (16 / LOW) * LOW) & (unsigned int)(LOWS);
     if (HIGH == 0) return found;
-    return found | (high >> (i % (16 / UPPER) * UPPER) & (unsigned int)(HIGHS)) << LOW;
+    const int by = i % (16 / UPPER) * UPPER - LOW;
+    return found | ((by < 0 ? high << (by < 0 ? -by : 0) : high >> (by < 0 ? 0 : by)) & (unsigned int)(HIGHS) << LOW);
   }
   static PA_FUNCTION unsigned int pair(Low low, High high, int i) {
     return codes(low.e[i * LOW / 16], HIGH > 0 ? high.e[i * HIGH / 16] : 0u, i);
@@ -31,7 +32,7 @@ struct PaScales {
     if (!SCALED) return factor;
     if (EXPONENTS) return factor * pa_float(bytes > 1u ? (bytes - 1u) << 23 : 0x200000u << bytes);
     if (MINS) return factor * float(GROUP == 16 ? bytes >> (8 * part) & 15u : bytes & 255u);
-    return factor * float((int)(bytes << (24 - 8 * part)) >> 24);
+    return factor * float((signed char)(bytes >> 8 * part));
   }
   static PA_FUNCTION float offset(float factor, unsigned int bytes, int part) {
     if (!MINS) return 0.0f;

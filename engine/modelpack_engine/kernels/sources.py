@@ -221,7 +221,7 @@ def kernel_source(
         headers.append("barriers")
     if body in ("packed_wide", "experts_wide", "block_tiles"):
         headers += ["codes", "warpgroups"]
-    if body == "packed_wide":
+    if body in ("packed_wide", "block_tiles"):
         headers.append("affine")
     if body in ("packed_wide", "arrange", "add_norm_arranged"):
         headers.append("order")

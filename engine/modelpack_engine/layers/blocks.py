@@ -266,7 +266,9 @@ FEW_ROWS, MOST_ROWS = 16, 64
 #: reads its expert's weights. Computing all weights in full reads and writes about six times their
 #: bytes. That is computed, not measured.
 MOST_PAIRS = 4
-TILES = (Tile(8, 4, 2), Tile(32, 4, 2), Tile(64, 2, 1))
+TILES = (Tile(8, 16, 1), Tile(32, 4, 2), Tile(64, 2, 1))
+#: The one for up to 8 rows and at least so many outputs: more blocks need fewer warps each.
+MANY_OUTPUTS, TILE_OF_MANY = 6144, Tile(8, 8, 1)
 #: Simdgroups of a threadgroup, outputs of a simdgroup, loads of a lane that wait together.
 _SIMDGROUPS, _LINES, _AHEAD = 4, 2, 2
 
@@ -281,7 +283,7 @@ def multiply(
         return multiply(x, weight, kind) + bias
     if launch.backend() != "none" and x.dtype in _TOLERANCES:
         if rows <= MOST_ROWS and x.dtype != mx.float32 and _has_tensor_cores():
-            tile = tile_for(rows)
+            tile = tile_for(rows, weight.shape[0])
             if tiles_verdict(x.dtype, kind, tile, bias is not None) is None:
                 return run_tiles(x, weight, kind, tile, bias)
         if rows <= FEW_ROWS and verdict(x.dtype, kind, _together(rows), bias is not None) is None:
@@ -296,8 +298,10 @@ def most_rows() -> int:
     return MOST_ROWS if _has_tensor_cores() else FEW_ROWS
 
 
-def tile_for(rows: int) -> Tile:
+def tile_for(rows: int, outputs: int) -> Tile:
     """Return the smallest tile that holds so many rows, or the largest."""
+    if rows <= TILE_OF_MANY.rows and outputs >= MANY_OUTPUTS:
+        return TILE_OF_MANY
     return next((tile for tile in TILES if tile.rows >= rows), TILES[-1])
 
 
@@ -512,8 +516,11 @@ def _compare_values(dtype: mx.Dtype, kind: BlockType) -> str | None:
 def _case(
     dtype: mx.Dtype, kind: BlockType, rows: int, biased: bool
 ) -> tuple[mx.array, mx.array, mx.array | None, mx.array]:
-    """Return rows, weights, maybe a bias, and what their product should be."""
-    inputs = _inputs(kind, 1280)
+    """Return rows, weights, maybe a bias, and what their product should be.
+
+    Some warps of the largest blocks multiply two chunks of inputs.
+    """
+    inputs = _inputs(kind, 2560)
     weight = mx.array(random_words(kind, 43, inputs))
     full = computed_values(weight, kind, mx.float32)
     x = mx.random.normal((rows, inputs), key=mx.random.key(rows)).astype(dtype)

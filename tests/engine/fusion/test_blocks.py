@@ -133,6 +133,7 @@ def test_any_number_of_rows_of_any_type(host: Host, rows: int, dtype: mx.Dtype) 
         ),
         pytest.param("values", ("eight % 4 * 8 / GROUP", "0"), marks=pytest.mark.long),
         ("tiles", ("h * 8 + r;", "r;")),
+        ("tiles", ("fetch(ahead[a], at + WARPS * AHEAD)", "fetch(ahead[a], at)")),
     ],
 )
 def test_verdicts_name_wrong_kernels(
@@ -147,13 +148,18 @@ def test_verdicts_name_wrong_kernels(
     host.break_by(edit)
     if verdict == "tiles":
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
-        problem = blocks.tiles_verdict(BF16, kind, SMALL)
+        problem = blocks.tiles_verdict(BF16, kind, blocks.TILES[0])
     elif verdict == "values":
         problem = blocks.values_verdict(BF16, kind)
     else:
         problem = blocks.verdict(BF16, kind, 1)
     assert edited == [True]
     assert "is off by" in str(problem)
+
+
+def test_many_outputs_have_blocks_of_fewer_warps() -> None:
+    found = [blocks.tile_for(*given) for given in ((1, 6143), (8, 6144), (9, 6144), (65, 1))]
+    assert found == [blocks.TILES[0], blocks.TILE_OF_MANY, blocks.TILES[1], blocks.TILES[2]]
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -306,7 +306,8 @@ def test_kernels_of_blocks_are_right(name: str, dtype: str) -> None:
         assert blocks.values_verdict(DTYPES[dtype], stored) is None
         for rows in (1, 2, 4, 8):
             assert blocks.verdict(DTYPES[dtype], stored, rows) is None
-        for tile in blocks.TILES if dtype != "f32" and blocks._has_tensor_cores() else ():
+        tiles = (blocks.TILE_OF_MANY, *blocks.TILES)
+        for tile in tiles if dtype != "f32" and blocks._has_tensor_cores() else ():
             assert blocks.tiles_verdict(DTYPES[dtype], stored, tile) is None
     for biased in (False, True):
         assert blocks.experts_verdict(DTYPES[dtype], kind, biased) is None

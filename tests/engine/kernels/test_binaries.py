@@ -485,7 +485,7 @@ def test_nvidia_s_compiler_takes_tiles_of_blocks(
 ) -> None:
     compiling = Compiling("sm_90a")
     monkeypatch.setattr(launch, "kernel", compiling.kernel)
-    for tile in blocks.TILES if dtype == BF16 else blocks.TILES[:1]:
+    for tile in (blocks.TILE_OF_MANY, *(blocks.TILES if dtype == BF16 else blocks.TILES[:1])):
         blocks._compare_tiles(dtype, BLOCKS[name], tile)
     assert compiling.done
 
