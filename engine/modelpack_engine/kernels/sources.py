@@ -40,8 +40,8 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "quantise": ("k", "v", "k_pool", "v_pool", "slots", "previous"),
     "prefill": ("q", "k_pool", "v_pool", "tables", "spans", "sinks", "params", "written"),
     "rotate": (
-        "joint", "positions", "slots", "inverse", "q_weight", "k_weight", "k_pool", "v_pool",
-        "previous",
+        "joint", "values", "positions", "slots", "inverse", "q_weight", "k_weight", "k_pool",
+        "v_pool", "previous",
     ),
     "add_norm": ("a", "b", "weight"),
     "add_norm_arranged": ("a", "b", "weight"),

@@ -234,33 +234,39 @@ def rotate_and_write(
     angles: mx.array | None = None,
     *,
     gated: bool = False,
+    values: mx.array | None = None,
 ) -> mx.array:
     """Return queries [rows, heads, dim] in `dtype`; write keys and values to `slots` of the pools.
 
     `joint` [rows, (heads + 2 KV heads) * dim] has queries, keys and values, as `count` parts to be
-    summed. With `gated`, each query is followed by as many columns that are not used. `heads` are
-    the numbers of query and KV heads. `norms` are the weights [dim] of the query and key norms, and
-    epsilon. `angles` are the rows' `Rotation.angles`; without them, the kernel computes them.
+    summed; those without values, if `values` [rows, KV heads * dim] has them. With `gated`, each
+    query is followed by as many columns that are not used. `heads` are the numbers of query and KV
+    heads. `norms` are the weights [dim] of the query and key norms, and epsilon. `angles` are the
+    rows' `Rotation.angles`; without them, the kernel computes them.
     """
     query_heads, kv_heads = heads
     rows, total = positions.shape[0], query_heads + 2 * kv_heads
-    dim = joint.shape[-1] // (total + gated * query_heads)
+    dim = joint.shape[-1] // (total + gated * query_heads - (values is not None) * kv_heads)
     weights = (joint, joint) if norms is None else norms[:2]
+    apart = joint if values is None else values
     itemsize = max(a.size for a in (joint.dtype, dtype, pools.keys.dtype))
     vector, lanes = _rotation_plan(itemsize, dim, rotation.dims, few=angles is None)
     inputs = [
-        joint, positions, slots, rotation.inverse if angles is None else angles, *weights,
+        joint, apart, positions, slots, rotation.inverse if angles is None else angles, *weights,
         pools.keys, pools.values, pools.last_write(),
     ]  # fmt: skip
     q, token = launch.run(
         "rotate",
         inputs,
-        [("T", dtype), ("J", joint.dtype), ("P", pools.keys.dtype), ("W", weights[0].dtype)],
+        [
+            ("T", dtype), ("J", joint.dtype), ("A", apart.dtype), ("P", pools.keys.dtype),
+            ("W", weights[0].dtype),
+        ],
         [
             ("HQ", query_heads), ("HK", kv_heads), ("D", dim), ("DIMS", rotation.dims),
             ("INTERLEAVED", rotation.interleaved), ("QKNORM", norms is not None),
             ("NSG", _SIMDGROUPS), ("VEC", vector), ("LPH", lanes), ("PARTS", count),
-            ("TABLE", angles is not None), ("GATED", gated),
+            ("TABLE", angles is not None), ("GATED", gated), ("APART", values is not None),
             ("EPSILON", launch.bits_of(0.0 if norms is None else norms[2])),
             ("FACTOR", launch.bits_of(rotation.factor)),
         ],
@@ -379,7 +385,16 @@ def _gated(gates: mx.array, a: mx.array, b: mx.array) -> dict[str, tuple[mx.arra
     }
 
 
-def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.array, mx.array]]:
+def _compare_apart(dtype: mx.Dtype) -> str | None:
+    (key,) = launch.random_keys(4, 1)
+    found = _rotated(dtype, key, few=True, apart=True)
+    # The last bit of numbers above 4 is 0.03 in bfloat16.
+    return launch.difference(found, 1e-3 if dtype == mx.float32 else 0.1)
+
+
+def _rotated(
+    dtype: mx.Dtype, key: mx.array, few: bool, *, apart: bool = False
+) -> dict[str, tuple[mx.array, mx.array]]:
     """Return the queries, keys and values of the kernel, each with its expected array."""
     from modelpack_engine.attention.kv_pools import KVLayout
 
@@ -393,10 +408,11 @@ def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.ar
     pools = TokenMajorPools(KVLayout(kv_heads, dim, kv_heads, dim, dtype), 3, 16)
     mx.eval(joint, pools.keys, pools.values)
     rotation = Rotation(inverse, dim, 1.0, False)
+    given, values = mx.split(joint, [(heads - kv_heads * apart) * dim], axis=1)
     q = rotate_and_write(
-        mx.stack([joint / 2, joint / 2]), 2, dtype, pools, positions, slots, rotation,
+        mx.stack([given / 2, given / 2]), 2, dtype, pools, positions, slots, rotation,
         (query_heads, kv_heads), (weights[0], weights[1], 1e-6),
-        None if few else rotation.angles(positions),
+        None if few else rotation.angles(positions), values=values if apart else None,
     )  # fmt: skip
     parts = joint.reshape(rows, heads, 1, dim)
 
@@ -417,3 +433,5 @@ def _rotated(dtype: mx.Dtype, key: mx.array, few: bool) -> dict[str, tuple[mx.ar
 
 #: None if the kernels compute the same as MLX's functions for a type, otherwise the problem.
 verdict = launch.Verdict(_compare)
+#: The same of rotations where values are those of another matmul.
+apart_verdict = launch.Verdict(_compare_apart)

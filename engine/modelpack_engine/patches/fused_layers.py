@@ -374,10 +374,19 @@ def _fuse_attention(
         and layout.key_heads == layout.value_heads == heads[1]
         and dim % 32 == 0
     )
-    if rotation is None or not fits or not can_join(layers):
+    if rotation is None or not fits:
+        return False
+    apart: Weights | None = None
+    if not can_join(layers) and not gated:  # GGUF's mixes have more bits for values
+        apart = weights_of(layers.pop())
+        if apart is None or kernels.apart_verdict(layout.dtype) is not None:
+            return False
+        apart = apart.ready()
+    if not can_join(layers):
         return False
     joint, output = join(layers), ready(module.o_proj)
     of_heads = paged.step.adapters.join(*layers)
+    of_values = None if apart is None else (apart, paged.step.adapters.join(module.v_proj))
     of_output = paged.step.adapters.join(module.o_proj)
     scale = module.scale
     axis_of: mx.array | None = None  # as in `rotate_by_axes`, for rotations without scaling
@@ -416,6 +425,7 @@ def _fuse_attention(
         q = kernels.rotate_and_write(
             rows.array, rows.count, x.dtype, pools, step.positions.rows, step.slots, rotation,
             heads, norms, angles, gated=gated,
+            values=None if of_values is None else whole_rows(x, *of_values, sums, step),
         )  # fmt: skip
         out = cache.attend_rows(q, scale=scale, window=window)
         if gated:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import qwen2_vl
@@ -34,12 +35,14 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, kernels.verdict) as found:
+    with emulated(monkeypatch, kernels.verdict, kernels.apart_verdict) as found:
         yield found
 
 
 def test_kernels_agree_with_mlx(host: Host) -> None:
     assert kernels.verdict(mx.float32) is None
+    assert kernels.apart_verdict(mx.float32) is None
+    assert kernels.apart_verdict(mx.bfloat16) is None
     assert {body for body, _ in host.calls} == {
         "add_norm",
         "swiglu",
@@ -106,7 +109,7 @@ def test_angles(host: Host, dims: int, factor: float) -> None:
     ],
 )
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("how", ["joint", "gated", "apart"])
 def test_rotation_and_kv_write(
     host: Host,
     dim: int,
@@ -115,7 +118,7 @@ def test_rotation_and_kv_write(
     normed: bool,
     parts: int,
     table: bool,
-    gated: bool,
+    how: str,
 ) -> None:
     heads, rows = (3, 2), 3
     positions, slots = mx.array([0, 700, 31], mx.int32), mx.array([18, -1, 33], mx.int32)
@@ -129,15 +132,18 @@ def test_rotation_and_kv_write(
     rotation = Rotation(inverse, dims, 1.0, interleaved)
     pools = TokenMajorPools(KVLayout(heads[1], dim, heads[1], dim, mx.float32), 3, 16)
     mx.eval(joint, pools.keys, pools.values)
-    given = joint
-    if gated:  # each query is followed by its gate
+    given, apart = joint, None
+    if how == "apart":  # values are those of another matmul
+        given, apart = mx.split(joint, [(heads[0] + heads[1]) * dim], axis=-1)
+        apart = apart.sum(axis=0)
+    if how == "gated":  # each query is followed by its gate
         split = heads[0] * dim
         queries = joint[..., :split].reshape(parts, rows, heads[0], dim)
         pairs = mx.concatenate([queries, queries + 9], axis=-1).reshape(parts, rows, -1)
         given = mx.concatenate([pairs, joint[..., split:]], axis=-1)
     q = kernels.rotate_and_write(
         given, parts, mx.float32, pools, positions, slots, rotation, heads, norms,
-        rotation.angles(positions) if table else None, gated=gated,
+        rotation.angles(positions) if table else None, gated=how == "gated", values=apart,
     )  # fmt: skip
     mx.eval(q)
 
@@ -187,6 +193,38 @@ def test_a_model_runs_on_fused_kernels(host: Host) -> None:
     assert runner.notes == ()
     assert set(runner.fused) == {"attention", "block", "MLP"}
     assert {"rotate", "add_norm", "swiglu", "decode", "rows"} <= {body for body, _ in host.calls}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_values_of_another_matmul_are_written_in_the_kernel(host: Host, wrong: bool) -> None:
+    """GGUF's mixes hold values in more bits. A kernel that is wrong for these is not used."""
+    if wrong:
+        host.break_by(lambda _, text: text.replace("head - HQ - HK) * D", "head - HQ) * D"))
+    found = []
+    for fused in (False, True):
+        model = tiny_llama(head_dim=32)
+        for layer in model.layers:
+            layer.self_attn.v_proj = nn.QuantizedLinear.from_linear(layer.self_attn.v_proj, 32, 8)
+        runner = make_runner(model, num_blocks=8, exact=not fused, compiled=False)
+        assert ("attention" in runner.fused) is (fused and not wrong)
+        before = len(host.calls)
+        found.append(logits_of(runner))
+        rotated = [call["APART"] for body, call in host.calls[before:] if body == "rotate"]
+        assert rotated == [True] * len(model.layers) * (fused and not wrong)
+        runner.undo()
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
+
+
+def logits_of(runner: Any) -> mx.array:
+    """Return the logits of a prompt's step."""
+    scheduler = Scheduler(SchedulerConfig(2, 32, 100), BlockManager(8))
+    scheduler.add(Sequence("r", list(range(13)), SamplingParams()))
+    output = scheduler.schedule()
+    assert output is not None
+    batch = build_batch(output, None, runner.buckets, 16)
+    logits = runner.forward(batch, mx.array(batch.token_ids, mx.int32))
+    mx.eval(logits)
+    return cast("mx.array", logits)
 
 
 def tiny_qwen2_vl(*, interleaved: bool = False) -> Any:

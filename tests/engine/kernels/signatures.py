@@ -28,9 +28,9 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "token": "int",
     },
     "rotate": {
-        "joint": "J", "positions": "int", "slots": "int", "inverse": "float", "q_weight": "W",
-        "k_weight": "W", "k_pool": "P", "v_pool": "P", "previous": "int", "q": "T",
-        "token": "int",
+        "joint": "J", "values": "A", "positions": "int", "slots": "int", "inverse": "float",
+        "q_weight": "W", "k_weight": "W", "k_pool": "P", "v_pool": "P", "previous": "int",
+        "q": "T", "token": "int",
     },
     "add_norm": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
     "add_norm_arranged": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},

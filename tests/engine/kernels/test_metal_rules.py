@@ -73,7 +73,7 @@ FUSED = [
     *(
         Instance(
             "rotate",
-            (*BF16, ("J", joint), ("P", pool), ("W", "bfloat16_t")),
+            (*BF16, ("J", joint), ("A", joint), ("P", pool), ("W", "bfloat16_t")),
             (
                 *ROTATE,
                 ("VEC", 8 if norm else 1),
@@ -84,6 +84,7 @@ FUSED = [
                 ("QKNORM", norm),
                 ("TABLE", norm),
                 ("GATED", norm),
+                ("APART", norm),
                 ("EPSILON", 0x3727C5AC),
                 ("FACTOR", 0x3F800000),
             ),

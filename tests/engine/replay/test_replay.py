@@ -86,6 +86,7 @@ def make_engine(
     biases: bool = False,
     bits: int = 16,
     group: int = 32,
+    value_bits: int = 16,
     **given: Any,
 ) -> KernelEngine:
     model = tiny_llama(
@@ -100,6 +101,8 @@ def make_engine(
         nn.quantize(model, 32, 4, class_predicate=lambda _, module: type(module) is nn.Embedding)
     if bits < 16:
         nn.quantize(model, group, bits, class_predicate=lambda _, module: type(module) is nn.Linear)
+    if value_bits < 16:
+        nn.quantize(model, group, value_bits, class_predicate=lambda path, _: "v_proj" in path)
     loaded = LoadedModel(model, {"vocab_size": VOCAB}, tiny_tokenizer(), "llama", 256, (), 0)
     config = EngineConfig(kv_cache_bytes=1 << 20, max_num_seqs=4, **given)
     return KernelEngine(loaded, config, draft=head)
@@ -184,6 +187,18 @@ def test_the_same_tokens(name: str, launches: int, driver: FakeDriver) -> None:
     engine.close()
     assert driver.graphs == {}
     assert driver.events == set()
+
+
+def test_values_of_another_type_are_recorded(driver: FakeDriver) -> None:
+    """As in GGUF's mixes, such as Q4_K_M."""
+    make = partial(make_engine, value_bits=8)
+    wanted = by_mlx(SCENARIOS["batches"], make)
+    assert SCENARIOS["batches"](make()) == wanted
+    assert driver.num_launches == 7
+    rotations = [dict(call.note.template) for calls in driver.graphs.values() for call in calls
+                 if call.note.body == "rotate"]  # fmt: skip
+    assert rotations
+    assert all(each["APART"] for each in rotations)
 
 
 def test_graphs_run_where_several_steps_decode_in_a_row(driver: FakeDriver) -> None:
