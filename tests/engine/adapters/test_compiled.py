@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -284,9 +285,11 @@ def test_the_verdict_names_a_wrong_kernel(host: Host, body: str, wrong: tuple[st
     assert "is off by" in str(adapters.verdict(mx.float32))
 
 
-def base(bits: int = 16, group: int = 64) -> nn.Module:
-    """Return a model whose layers are all quantised, unless `bits` is 16."""
+def base(bits: int = 16, group: int = 64, *, apart: bool = False) -> nn.Module:
+    """Return a model whose layers are all quantised, unless `bits` is 16; values `apart` have 8."""
     model = tiny_llama(head_dim=32, hidden_size=64 if bits < 16 else 32)
+    if apart:
+        nn.quantize(model, group, 8, class_predicate=lambda path, _: "v_proj" in path)
     if bits < 16:
         nn.quantize(model, group, bits)
     return model
@@ -294,16 +297,18 @@ def base(bits: int = 16, group: int = 64) -> nn.Module:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("only", "bits", "group"),
-    [("", 16, 0), ("v_proj", 16, 0), ("", 4, 32), ("", 4, 64), ("", 8, 32), ("", 8, 64),
-     ("v_proj", 4, 64)],
+    ("only", "bits", "group", "apart"),
+    [("", 16, 0, False), ("v_proj", 16, 0, False), ("", 4, 32, False), ("", 4, 64, False),
+     ("", 8, 32, False), ("", 8, 64, False), ("v_proj", 4, 64, False), ("", 4, 64, True),
+     ("v_proj", 4, 64, True), ("q_proj", 4, 64, True)],
 )  # fmt: skip
-def test_fused_layers(host: Host, only: str, bits: int, group: int) -> None:
+def test_fused_layers(host: Host, only: str, bits: int, group: int, apart: bool) -> None:
     """Their logits are those of layers that run one by one; all bodies run in one step."""
-    by_slot = {slot: matrices(base(bits, group), slot, slot + 1, only) for slot in (1, 2)}
+    make = partial(base, bits, group, apart=apart)
+    by_slot = {slot: matrices(make(), slot, slot + 1, only) for slot in (1, 2)}
     found = []
     for fused in (False, True):
-        model = base(bits, group)
+        model = make()
         runner = runner_of(model, exact=not fused, compiled=False)
         assert set(runner.fused) == ({"attention", "block", "MLP"} if fused else set())
         loras = LoRALayers(model, runner.adapter_rows)
@@ -316,7 +321,7 @@ def test_fused_layers(host: Host, only: str, bits: int, group: int) -> None:
         if fused:
             assert {"rotate", "add_norm", "adapters"} <= set(bodies)
             assert ("adapters_norm" in bodies) == (not only)
-            joint = 1 if only else 4  # of a layer
+            joint = 1 if only else 4 + apart  # of a layer
             assert bodies.count("adapters") == 4 * 3 * joint
         else:
             assert "adapters" not in bodies
