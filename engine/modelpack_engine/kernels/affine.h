@@ -7,9 +7,8 @@ struct PaAffine {  // __half: 1024 + code, or 1024 + 16 codes, as bits
   PaAffine() = default;
   __device__ PaAffine(unsigned short scale, unsigned short bias) : scales(scale * 0x10001u), biases(bias * 0x10001u) {}
   __device__ unsigned weights(unsigned word, int pair) const {
-    if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
     const bool high = BITS == 4 && pair % 2;
-    const unsigned numbers = pa_masked(word, BITS == 8 ? 0x00ff00ffu : high ? 0x00f000f0u : 0x000f000fu, 0x64006400u);
+    const unsigned numbers = pa_bits_of_pair<BITS>(word, pair) | 0x64006400u;
     // 1/16 and -64, or 1 and -1024
     const unsigned codes = pa_fma2<E>(numbers, high ? 0x2c002c00u : 0x3c003c00u, high ? 0xd400d400u : 0xe400e400u);
     return pa_fma2<E>(codes, scales, biases);
@@ -29,16 +28,15 @@ struct PaAffine<__nv_bfloat16, BITS> {
     biases = pa_fma2<__nv_bfloat16>(bias * 0x10001u, 0x2f802f80u, 0x80008000u);           // times 2^-32
   }
   __device__ unsigned weights(unsigned word, int pair) const {
-    if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
     const bool high = BITS == 4 && pair % 2;
-    return pa_fma2<__nv_bfloat16>(word & (BITS == 8 ? 0x00ff00ffu : high ? 0x00f000f0u : 0x000f000fu),
-                                  high ? scales_of_high : scales, biases);
+    return pa_fma2<__nv_bfloat16>(pa_bits_of_pair<BITS>(word, pair), high ? scales_of_high : scales, biases);
   }
 };
 // The weights of a group, divided by WHOLE: (number - ZERO) * scale + offset, of pairs of codes below 128, or of VALUES.
-// Given are GAIN times the scale, and LOSS times the offset, which is 0 if ZERO, a power of two, is not.
+// The caller multiplies scales by GAIN and offsets by LOSS. If ZERO is not 0, it is a power of two, and there is no offset.
 template <typename E, int ZERO, bool VALUES>
 struct PaScaled {  // __half
+  static_assert((ZERO & (ZERO - 1)) == 0, "times a scale, it would be rounded");
   static constexpr float WHOLE = 1.0f, GAIN = 1.0f, LOSS = 1.0f;
   unsigned scales, offsets;
   PaScaled() = default;
@@ -52,6 +50,7 @@ struct PaScaled {  // __half
 };
 template <int ZERO, bool VALUES>
 struct PaScaled<__nv_bfloat16, ZERO, VALUES> {
+  static_assert((ZERO & (ZERO - 1)) == 0, "times a scale, it would be rounded");
   static constexpr float WHOLE = PaAffine<__nv_bfloat16, 4>::WHOLE, LOSS = 1.0f / WHOLE;
   static constexpr float GAIN = VALUES ? LOSS : 2535301200456458802993406410752.0f;  // 2^101
   unsigned scales, offsets;

@@ -2,13 +2,13 @@
 // Pairs of numbers: OFFSET + code, of which the offset is taken off later.
 template <typename E, int BITS>
 struct PaCodes {  // __half
-  static constexpr int OFFSET = 1024, ONES = 0x3c003c00, OFFSETS = 0x64006400;
+  static constexpr int OFFSET = 1024, ONES = 0x3c003c00;
   static __device__ inline unsigned nibbles(unsigned word) { return (word & 0x000f000fu) | 0x64006400u; }
   static __device__ inline unsigned bytes(unsigned word) { return __byte_perm(word, 0x64646464u, 0x4140); }
 };
 template <int BITS>
 struct PaCodes<__nv_bfloat16, BITS> {
-  static constexpr int OFFSET = BITS == 4 ? 128 : 0, ONES = 0x3f803f80, OFFSETS = 0x43004300;
+  static constexpr int OFFSET = BITS == 4 ? 128 : 0, ONES = 0x3f803f80;
   static __device__ inline unsigned nibbles(unsigned word) { return (word & 0x000f000fu) | 0x43004300u; }
   static __device__ inline unsigned bytes(unsigned word) {  // 2^23 + code, as bits
     const float low = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440)) - 8388608.0f;
@@ -16,8 +16,14 @@ struct PaCodes<__nv_bfloat16, BITS> {
     return pa_pack<__nv_bfloat16>(low, high);
   }
 };
-// The numbers of a word's pairs of codes, (0 4) (1 5) (2 6) (3 7), or of 8 bits (0 2) (1 3): OFFSET + code, by which
-// `rows` of such pairs are multiplied; WHOLE times the sum is that of the products.
+// A pair of a word's codes: (0 4) (1 5) (2 6) (3 7), or of 8 bits (0 2) (1 3). Of 4 bits, odd pairs are 16 times as large.
+template <int BITS>
+__device__ inline unsigned pa_bits_of_pair(unsigned word, int pair) {
+  if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
+  return word & (BITS == 8 ? 0x00ff00ffu : pair % 2 ? 0x00f000f0u : 0x000f000fu);
+}
+// What is multiplied for pairs of codes and pairs of a row's elements: numbers, which stand for OFFSET + code, and what
+// `rows` makes of the elements. The sum of their products is that of the codes and elements, divided by WHOLE.
 template <typename E, int BITS>
 struct PaPairs {  // __half
   static constexpr float WHOLE = 1.0f, OFFSET = 1024.0f;
@@ -27,14 +33,13 @@ struct PaPairs {  // __half
   }
   static __device__ inline uint4 rows(uint4 pairs) { return pairs; }
 };
-// Bits 0 to 7 of a bfloat16, if the others are zero, are an integer times 2^-133. Elements of rows, which are below
-// 2^64, are multiplied by 2^64, or by 2^60 for codes in bits 4 to 7.
+// Bits 0 to 7 of a bfloat16, if the others are zero, are an integer times 2^-133. Elements of rows are multiplied by
+// 2^64, or by 2^60 for codes in bits 4 to 7: rows must be below 2^64, as larger ones would become infinite.
 template <int BITS>
 struct PaPairs<__nv_bfloat16, BITS> {
   static constexpr float WHOLE = 590295810358705651712.0f, OFFSET = 0.0f;  // 2^69
   static __device__ inline unsigned numbers(unsigned word, int pair) {
-    if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
-    return word & (BITS == 8 ? 0x00ff00ffu : pair % 2 ? 0x00f000f0u : 0x000f000fu);
+    return pa_bits_of_pair<BITS>(word, pair);
   }
   static __device__ inline uint4 rows(uint4 pairs) {
     const unsigned high = BITS == 4 ? 0x5d805d80u : 0x5f805f80u, zero = 0x80008000u;

@@ -2,7 +2,8 @@
   // and write keys and values to their slots in place, as write.h does. LPH lanes share a row's head;
   // each rotates VEC pairs of elements at a time.
   //   joint [PARTS, rows, ((1 + GATED) * HQ + 2 * HK) * D] J: if GATED, D columns after each query are
-  //   not used; if APART, it has no values, but values [rows, HK * D] A has   positions, slots [rows] int
+  //   not used; with OWN_VALUES, it has no values
+  //   values [rows, HK * D] A, with OWN_VALUES   positions, slots [rows] int
   //   inverse [DIMS / 2] float, or with TABLE cosines and sines [rows, DIMS / 2, 2], factor included
   //   q_weight, k_weight [D] W: of the norms   EPSILON, FACTOR (of rotated elements): floats' bits
   //   k_pool, v_pool [pool slots, HK, D] P   previous [1] int: order only
@@ -18,12 +19,12 @@
   const bool there = unit < positions_shape[0] * HEADS;
   const int row = there ? unit / HEADS : 0, head = there ? unit % HEADS : 0;
   if (PA_X == 0 && PA_SIMD == 0 && PA_LANE == 0) token[0] = 0;
-  constexpr int WIDTH = HEADS + GATED * HQ - APART * HK;
+  constexpr int WIDTH = HEADS + GATED * HQ - OWN_VALUES * HK;
   const size_t part = (size_t)positions_shape[0] * WIDTH * D;
   const int column = head < HQ ? (1 + GATED) * head : head + GATED * HQ;
   const PA_DEVICE J* from = joint + ((size_t)row * WIDTH + column) * D;
   const int slot = slots[row], kind = head < HQ ? 0 : head < HQ + HK ? 1 : 2;  // query, key, value
-  const bool other = APART && kind == 2;
+  const bool from_values = OWN_VALUES && kind == 2;
 
   // The start of a run's two vectors: interleaved pairs are within a vector, others across both.
   float x[EACH][2 * VEC];
@@ -35,18 +36,19 @@
     if (run >= RUNS) begin[n] = 0;
     second[n] = begin[n] + (apart ? HALF : VEC);
     PA_UNROLL for (int e = 0; e < 2 * VEC; e++) x[n][e] = 0.0f;
-    if (other) {
+    if (from_values) {
       const PA_DEVICE A* value = values + ((size_t)row * HK + head - HQ - HK) * D;
       const PaVec<A, VEC> a = *(const PA_DEVICE PaVec<A, VEC>*)(value + begin[n]);
       const PaVec<A, VEC> b = *(const PA_DEVICE PaVec<A, VEC>*)(value + second[n]);
       PA_UNROLL for (int e = 0; e < VEC; e++) x[n][e] = float(a.e[e]), x[n][VEC + e] = float(b.e[e]);
-    }
-    PA_UNROLL for (int p = 0; p < PARTS && !other; p++) {
-      const From a = *(const PA_DEVICE From*)(from + p * part + begin[n]);
-      const From b = *(const PA_DEVICE From*)(from + p * part + second[n]);
-      PA_UNROLL for (int e = 0; e < VEC; e++) {
-        x[n][e] += float(a.e[e]);
-        x[n][VEC + e] += float(b.e[e]);
+    } else {
+      PA_UNROLL for (int p = 0; p < PARTS; p++) {
+        const From a = *(const PA_DEVICE From*)(from + p * part + begin[n]);
+        const From b = *(const PA_DEVICE From*)(from + p * part + second[n]);
+        PA_UNROLL for (int e = 0; e < VEC; e++) {
+          x[n][e] += float(a.e[e]);
+          x[n][VEC + e] += float(b.e[e]);
+        }
       }
     }
     // Round as a separate matmul would.

@@ -220,7 +220,9 @@ def kernel_source(
     if body in ("packed_strips", "packed_wide"):
         headers.append("barriers")
     if body in ("packed_wide", "experts_wide", "block_tiles"):
-        headers += ["codes", "warpgroups"]
+        headers.append("codes")
+    if body in ("packed_wide", "experts_wide"):
+        headers.append("warpgroups")
     if body in ("packed_wide", "block_tiles"):
         headers.append("affine")
     if body in ("packed_wide", "arrange", "add_norm_arranged"):

@@ -1,4 +1,5 @@
-// CUDA's tensor cores, one warp: matmuls of 16x16 with 16x8, and loads in the layout that they need.
+// CUDA's tensor cores, one warp: matmuls of 16x16 with 16x8, and loads in the layout that they need, and what makes their
+// operands: arithmetic of pairs of 16 bits.
 // (PTX ISA: mma.sync.aligned.m16n8k16, ldmatrix, cp.async; compute capability 8.0 and later.)
 __device__ inline void pa_copy16(void* to, const void* from) {
   const unsigned shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -59,17 +60,9 @@ __device__ inline unsigned pa_pack(float x, float y) {
   alignas(4) E both[2] = {E(x), E(y)};
   return *reinterpret_cast<const unsigned*>(both);
 }
-// (numbers - offsets) * scales + biases, of pairs.
+// (numbers - offsets) * scales + biases, of pairs of __half.
 template <typename E>
 __device__ inline unsigned pa_affine(unsigned numbers, unsigned offsets, unsigned scales, unsigned biases);
-template <>
-__device__ inline unsigned pa_affine<__nv_bfloat16>(
-    unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {
-  unsigned y;
-  asm("{.reg .b32 t; sub.rn.bf16x2 t, %1, %2; fma.rn.bf16x2 %0, t, %3, %4;}"
-      : "=r"(y) : "r"(numbers), "r"(offsets), "r"(scales), "r"(biases));
-  return y;
-}
 template <>
 __device__ inline unsigned pa_affine<__half>(
     unsigned numbers, unsigned offsets, unsigned scales, unsigned biases) {

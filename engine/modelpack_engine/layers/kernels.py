@@ -248,25 +248,27 @@ def rotate_and_write(
     rows, total = positions.shape[0], query_heads + 2 * kv_heads
     dim = joint.shape[-1] // (total + gated * query_heads - (values is not None) * kv_heads)
     weights = (joint, joint) if norms is None else norms[:2]
-    apart = joint if values is None else values
-    itemsize = max(a.size for a in (joint.dtype, dtype, pools.keys.dtype))
+    value_rows = joint if values is None else values
+    itemsize = max(a.size for a in (joint.dtype, value_rows.dtype, dtype, pools.keys.dtype))
     vector, lanes = _rotation_plan(itemsize, dim, rotation.dims, few=angles is None)
     inputs = [
-        joint, apart, positions, slots, rotation.inverse if angles is None else angles, *weights,
+        joint, value_rows, positions, slots,
+        rotation.inverse if angles is None else angles, *weights,
         pools.keys, pools.values, pools.last_write(),
     ]  # fmt: skip
     q, token = launch.run(
         "rotate",
         inputs,
         [
-            ("T", dtype), ("J", joint.dtype), ("A", apart.dtype), ("P", pools.keys.dtype),
+            ("T", dtype), ("J", joint.dtype), ("A", value_rows.dtype), ("P", pools.keys.dtype),
             ("W", weights[0].dtype),
         ],
         [
             ("HQ", query_heads), ("HK", kv_heads), ("D", dim), ("DIMS", rotation.dims),
             ("INTERLEAVED", rotation.interleaved), ("QKNORM", norms is not None),
             ("NSG", _SIMDGROUPS), ("VEC", vector), ("LPH", lanes), ("PARTS", count),
-            ("TABLE", angles is not None), ("GATED", gated), ("APART", values is not None),
+            ("TABLE", angles is not None), ("GATED", gated),
+            ("OWN_VALUES", values is not None),
             ("EPSILON", launch.bits_of(0.0 if norms is None else norms[2])),
             ("FACTOR", launch.bits_of(rotation.factor)),
         ],
@@ -385,15 +387,16 @@ def _gated(gates: mx.array, a: mx.array, b: mx.array) -> dict[str, tuple[mx.arra
     }
 
 
-def _compare_apart(dtype: mx.Dtype) -> str | None:
+def _compare_own_values(dtype: mx.Dtype) -> str | None:
     (key,) = launch.random_keys(4, 1)
-    found = _rotated(dtype, key, few=True, apart=True)
+    found = _rotated(dtype, key, few=True, own_values=True)
+    found |= _rotated(dtype, key, few=False, own_values=True)
     # The last bit of numbers above 4 is 0.03 in bfloat16.
     return launch.difference(found, 1e-3 if dtype == mx.float32 else 0.1)
 
 
 def _rotated(
-    dtype: mx.Dtype, key: mx.array, few: bool, *, apart: bool = False
+    dtype: mx.Dtype, key: mx.array, few: bool, *, own_values: bool = False
 ) -> dict[str, tuple[mx.array, mx.array]]:
     """Return the queries, keys and values of the kernel, each with its expected array."""
     from modelpack_engine.attention.kv_pools import KVLayout
@@ -408,11 +411,11 @@ def _rotated(
     pools = TokenMajorPools(KVLayout(kv_heads, dim, kv_heads, dim, dtype), 3, 16)
     mx.eval(joint, pools.keys, pools.values)
     rotation = Rotation(inverse, dim, 1.0, False)
-    given, values = mx.split(joint, [(heads - kv_heads * apart) * dim], axis=1)
+    given, values = mx.split(joint, [(heads - kv_heads * own_values) * dim], axis=1)
     q = rotate_and_write(
         mx.stack([given / 2, given / 2]), 2, dtype, pools, positions, slots, rotation,
         (query_heads, kv_heads), (weights[0], weights[1], 1e-6),
-        None if few else rotation.angles(positions), values=values if apart else None,
+        None if few else rotation.angles(positions), values=values if own_values else None,
     )  # fmt: skip
     parts = joint.reshape(rows, heads, 1, dim)
 
@@ -434,4 +437,4 @@ def _rotated(
 #: None if the kernels compute the same as MLX's functions for a type, otherwise the problem.
 verdict = launch.Verdict(_compare)
 #: The same of rotations where values are those of another matmul.
-apart_verdict = launch.Verdict(_compare_apart)
+own_values_verdict = launch.Verdict(_compare_own_values)

@@ -86,13 +86,14 @@ class TensorPlan:
 
         Codes take a byte each while they move. Two arrays of them exist at once for layouts of MLX,
         and one more if columns are reordered or tensors joined. Two arrays of floats exist where
-        tensors are joined as such. MLX moves the codes of blocks, those of a few rows at a time.
+        tensors are joined as such. MLX moves the codes of blocks: of these, there are the file's
+        bytes, and three times those of tensors that are joined.
         """
         parameter = self.parameter
         stored, elements = parameter.stored_bytes, parameter.elements
         moves = parameter.columns is not None or len(parameter.sources) > 1
         if self.blocks:
-            return (1 + moves) * stored
+            return (3 if len(parameter.sources) > 1 else 1) * stored
         packed = self.packing and gguf_blocks.affine_bits(parameter.dtype) is not None
         return (2 + moves) * elements if packed else (4 + 4 * moves) * elements
 
@@ -170,7 +171,8 @@ def _decode(item: TensorPlan) -> Decoded | GGUFTensor:
         return _packed(item.parameter.mixed_blocks(), item.parameter.shape)
     tensor = item.parameter.read()
     if item.blocks is not None:
-        return replace(tensor, raw=np.array(tensor.raw))
+        of_file = np.may_share_memory(tensor.raw, item.parameter.sources[0].tensor.raw)
+        return replace(tensor, raw=np.array(tensor.raw)) if of_file else tensor
     if item.packing and item.packing.mode == "mxfp4":
         words, exponents = gguf_blocks.mxfp4_blocks(tensor)
         rows = tensor.shape[:-1]

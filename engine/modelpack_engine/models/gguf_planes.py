@@ -24,7 +24,7 @@ KEPT = frozenset({"Q2_K", "Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "IQ4_NL", "IQ4
 #: On CUDA, MLX compiles its kernels for prompts in MXFP4 for minutes.
 KEPT_ON_CUDA = KEPT | {"MXFP4"}
 
-#: The codes that are moved at a time; a step takes some bytes of memory for each.
+#: The codes that are moved at a time, for each of which that takes 14 bytes of memory.
 _CODES_AT_ONCE = 1 << 24
 
 
@@ -53,12 +53,12 @@ def planes(tensor: GGUFTensor, kind: BlockType) -> mx.array:
     *outer, inputs = tensor.shape
     stored = tensor.raw.reshape(int(np.prod(outer)), -1)
     step = max(1, _CODES_AT_ONCE // inputs)
-    words = []
+    words = mx.zeros((len(stored), kind.words(inputs)), mx.uint32)
     for first in range(0, len(stored), step):
         some = mx.array(stored[first : first + step])
-        words.append(_planes_of_rows(some, inputs, kind, tensor.columns))
-        mx.eval(words[-1])  # the memory of its steps is free for the next one
-    return mx.concatenate(words).reshape(*outer, -1)
+        words[first : first + step] = _planes_of_rows(some, inputs, kind, tensor.columns)
+        mx.eval(words)  # the memory of its steps is free for the next one
+    return words.reshape(*outer, -1)
 
 
 def _planes_of_rows(

@@ -376,17 +376,14 @@ def _fuse_attention(
     )
     if rotation is None or not fits:
         return False
-    apart: Weights | None = None
-    if not can_join(layers) and not gated:  # GGUF's mixes have more bits for values
-        apart = weights_of(layers.pop())
-        if apart is None or kernels.apart_verdict(layout.dtype) is not None:
+    of_values: tuple[Weights, JointLayers] | None = None
+    if not can_join(layers):  # GGUF's mixes have more bits for values
+        own = weights_of(layers.pop())
+        if not can_join(layers) or own is None or kernels.own_values_verdict(layout.dtype):
             return False
-        apart = apart.ready()
-    if not can_join(layers):
-        return False
+        of_values = own.ready(), paged.step.adapters.join(module.v_proj)
     joint, output = join(layers), ready(module.o_proj)
     of_heads = paged.step.adapters.join(*layers)
-    of_values = None if apart is None else (apart, paged.step.adapters.join(module.v_proj))
     of_output = paged.step.adapters.join(module.o_proj)
     scale = module.scale
     axis_of: mx.array | None = None  # as in `rotate_by_axes`, for rotations without scaling

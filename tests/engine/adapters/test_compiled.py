@@ -285,10 +285,10 @@ def test_the_verdict_names_a_wrong_kernel(host: Host, body: str, wrong: tuple[st
     assert "is off by" in str(adapters.verdict(mx.float32))
 
 
-def base(bits: int = 16, group: int = 64, *, apart: bool = False) -> nn.Module:
-    """Return a model whose layers are all quantised, unless `bits` is 16; values `apart` have 8."""
+def base(bits: int = 16, group: int = 64, *, own_values: bool = False) -> nn.Module:
+    """Return a model whose layers are all quantised, unless `bits` is 16; `own_values` have 8."""
     model = tiny_llama(head_dim=32, hidden_size=64 if bits < 16 else 32)
-    if apart:
+    if own_values:
         nn.quantize(model, group, 8, class_predicate=lambda path, _: "v_proj" in path)
     if bits < 16:
         nn.quantize(model, group, bits)
@@ -297,14 +297,14 @@ def base(bits: int = 16, group: int = 64, *, apart: bool = False) -> nn.Module:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("only", "bits", "group", "apart"),
+    ("only", "bits", "group", "own_values"),
     [("", 16, 0, False), ("v_proj", 16, 0, False), ("", 4, 32, False), ("", 4, 64, False),
      ("", 8, 32, False), ("", 8, 64, False), ("v_proj", 4, 64, False), ("", 4, 64, True),
      ("v_proj", 4, 64, True), ("q_proj", 4, 64, True)],
 )  # fmt: skip
-def test_fused_layers(host: Host, only: str, bits: int, group: int, apart: bool) -> None:
+def test_fused_layers(host: Host, only: str, bits: int, group: int, own_values: bool) -> None:
     """Their logits are those of layers that run one by one; all bodies run in one step."""
-    make = partial(base, bits, group, apart=apart)
+    make = partial(base, bits, group, own_values=own_values)
     by_slot = {slot: matrices(make(), slot, slot + 1, only) for slot in (1, 2)}
     found = []
     for fused in (False, True):
@@ -321,7 +321,7 @@ def test_fused_layers(host: Host, only: str, bits: int, group: int, apart: bool)
         if fused:
             assert {"rotate", "add_norm", "adapters"} <= set(bodies)
             assert ("adapters_norm" in bodies) == (not only)
-            joint = 1 if only else 4 + apart  # of a layer
+            joint = 1 if only else 4 + own_values  # of a layer
             assert bodies.count("adapters") == 4 * 3 * joint
         else:
             assert "adapters" not in bodies

@@ -35,14 +35,14 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(operations, "_verdicts", {})
     monkeypatch.setattr(operations, "_WIDTH", 4)
     monkeypatch.setattr(operations, "_SLOTS", 256)
-    with emulated(monkeypatch, kernels.verdict, kernels.apart_verdict) as found:
+    with emulated(monkeypatch, kernels.verdict, kernels.own_values_verdict) as found:
         yield found
 
 
 def test_kernels_agree_with_mlx(host: Host) -> None:
     assert kernels.verdict(mx.float32) is None
-    assert kernels.apart_verdict(mx.float32) is None
-    assert kernels.apart_verdict(mx.bfloat16) is None
+    assert kernels.own_values_verdict(mx.float32) is None
+    assert kernels.own_values_verdict(mx.bfloat16) is None
     assert {body for body, _ in host.calls} == {
         "add_norm",
         "swiglu",
@@ -109,7 +109,7 @@ def test_angles(host: Host, dims: int, factor: float) -> None:
     ],
 )
 @pytest.mark.parametrize("table", [False, True])
-@pytest.mark.parametrize("how", ["joint", "gated", "apart"])
+@pytest.mark.parametrize("how", ["joint", "gated", "own values", "gated, own values"])
 def test_rotation_and_kv_write(
     host: Host,
     dim: int,
@@ -132,18 +132,18 @@ def test_rotation_and_kv_write(
     rotation = Rotation(inverse, dims, 1.0, interleaved)
     pools = TokenMajorPools(KVLayout(heads[1], dim, heads[1], dim, mx.float32), 3, 16)
     mx.eval(joint, pools.keys, pools.values)
-    given, apart = joint, None
-    if how == "apart":  # values are those of another matmul
-        given, apart = mx.split(joint, [(heads[0] + heads[1]) * dim], axis=-1)
-        apart = apart.sum(axis=0)
-    if how == "gated":  # each query is followed by its gate
+    given, values = joint, None
+    if "own values" in how:
+        given, values = mx.split(joint, [(heads[0] + heads[1]) * dim], axis=-1)
+        values = values.sum(axis=0)
+    if "gated" in how:  # each query is followed by its gate
         split = heads[0] * dim
-        queries = joint[..., :split].reshape(parts, rows, heads[0], dim)
+        queries = given[..., :split].reshape(parts, rows, heads[0], dim)
         pairs = mx.concatenate([queries, queries + 9], axis=-1).reshape(parts, rows, -1)
-        given = mx.concatenate([pairs, joint[..., split:]], axis=-1)
+        given = mx.concatenate([pairs, given[..., split:]], axis=-1)
     q = kernels.rotate_and_write(
         given, parts, mx.float32, pools, positions, slots, rotation, heads, norms,
-        rotation.angles(positions) if table else None, gated=how == "gated", values=apart,
+        rotation.angles(positions) if table else None, gated="gated" in how, values=values,
     )  # fmt: skip
     mx.eval(q)
 
@@ -155,13 +155,13 @@ def test_rotation_and_kv_write(
         )[:, :, 0]  # fmt: skip
 
     whole = joint.sum(axis=0).reshape(rows, -1, dim)
-    queries, new_keys, values = mx.split(whole, [heads[0], heads[0] + heads[1]], axis=1)
+    queries, new_keys, new_values = mx.split(whole, [heads[0], heads[0] + heads[1]], axis=1)
     close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3)
     close(q, expected(queries, norms and norms[0]))
     wanted = mx.zeros_like(pools.keys), mx.zeros_like(pools.values)
     new_keys = expected(new_keys, norms and norms[1])
     for row, slot in ((0, 18), (2, 33)):
-        wanted[0][slot], wanted[1][slot] = new_keys[row], values[row]
+        wanted[0][slot], wanted[1][slot] = new_keys[row], new_values[row]
     close(pools.keys, wanted[0])
     close(pools.values, wanted[1])
 
@@ -199,7 +199,7 @@ def test_a_model_runs_on_fused_kernels(host: Host) -> None:
 def test_values_of_another_matmul_are_written_in_the_kernel(host: Host, wrong: bool) -> None:
     """GGUF's mixes hold values in more bits. A kernel that is wrong for these is not used."""
     if wrong:
-        host.break_by(lambda _, text: text.replace("head - HQ - HK) * D", "head - HQ) * D"))
+        host.break_by(lambda _, text: text.replace("head - HQ - HK) * D", "0) * D"))
     found = []
     for fused in (False, True):
         model = tiny_llama(head_dim=32)
@@ -209,7 +209,7 @@ def test_values_of_another_matmul_are_written_in_the_kernel(host: Host, wrong: b
         assert ("attention" in runner.fused) is (fused and not wrong)
         before = len(host.calls)
         found.append(logits_of(runner))
-        rotated = [call["APART"] for body, call in host.calls[before:] if body == "rotate"]
+        rotated = [call["OWN_VALUES"] for body, call in host.calls[before:] if body == "rotate"]
         assert rotated == [True] * len(model.layers) * (fused and not wrong)
         runner.undo()
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)

@@ -361,6 +361,7 @@ CALLS: dict[str, Callable[[], object]] = {
     ),
     "fused layers": lambda: kernels._compare(BF16),
     "fused layers, float32": lambda: kernels._compare(F32),
+    "values of another matmul": lambda: kernels._compare_own_values(BF16),
     "routes": lambda: expert_kernels._compare_routing(BF16),
     "products": lambda: matmul._compare(BF16, 16, False),
     "products, 4 bits": lambda: matmul._compare(F16, 4, True),

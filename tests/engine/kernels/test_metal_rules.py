@@ -84,7 +84,7 @@ FUSED = [
                 ("QKNORM", norm),
                 ("TABLE", norm),
                 ("GATED", norm),
-                ("APART", norm),
+                ("OWN_VALUES", norm),
                 ("EPSILON", 0x3727C5AC),
                 ("FACTOR", 0x3F800000),
             ),

@@ -57,6 +57,20 @@ def test_values_equal_those_of_the_gguf_package(
     assert np.array_equal(np.array(found), expected)
 
 
+def test_rows_are_moved_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the words there are the arrays of a few rows; the last ones are fewer."""
+    stored, expected = tensor("Q6_K", 1023, 2048)
+    kind = BLOCK_TYPES["Q6_K"]
+    monkeypatch.setattr(gguf_planes, "_CODES_AT_ONCE", 1 << 16)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    words = gguf_planes.planes(stored, kind)
+    mx.eval(words)
+    assert mx.get_peak_memory() - before < words.nbytes + 15 * (1 << 16) + 1e5
+    found = blocks.computed_values(words, kind, mx.float32)
+    assert np.array_equal(np.array(found), expected)
+
+
 @pytest.mark.parametrize("part", [32, 128, 256])
 @pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
 def test_reordered_columns_keep_their_values(name: str, part: int) -> None:

@@ -198,7 +198,7 @@ def test_values_of_another_type_are_recorded(driver: FakeDriver) -> None:
     rotations = [dict(call.note.template) for calls in driver.graphs.values() for call in calls
                  if call.note.body == "rotate"]  # fmt: skip
     assert rotations
-    assert all(each["APART"] for each in rotations)
+    assert all(each["OWN_VALUES"] for each in rotations)
 
 
 def test_graphs_run_where_several_steps_decode_in_a_row(driver: FakeDriver) -> None:
