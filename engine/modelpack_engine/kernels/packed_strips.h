@@ -80,7 +80,7 @@
       const unsigned one = BITS == 8 ? v.y : v.z, two = BITS == 8 ? v.z : v.y;
       *place(at / EIGHTS, at % RUN, row, at % EIGHTS / RUN) =
           Pairs::rows({__byte_perm(v.x, one, 0x5410), __byte_perm(v.x, one, 0x7632),
-                         __byte_perm(two, v.w, 0x5410), __byte_perm(two, v.w, 0x7632)});
+                       __byte_perm(two, v.w, 0x5410), __byte_perm(two, v.w, 0x7632)});
     }
     PA_UNROLL for (int mask = GROUP / 16; mask > 0; mask /= 2) sum += PA_XOR(sum, mask);
     if (there && at % EIGHTS == 0) whole[at / EIGHTS * ROWS + row] = sum;
