@@ -193,6 +193,12 @@ def measure_engine(
 KEEP = {"none": (), "some": gguf_planes.KEPT_ON_CUDA, "all": tuple(blocks.BLOCK_TYPES)}
 
 
+def load_gguf(path: Path, keep: str) -> Any:
+    """Return the model of a file, whose types `keep` stay as they are stored."""
+    loader = GGUFLoader(GGUFFile.open((path,)))
+    return loader.load(Precision(mx.bfloat16, dense=False, blocks=KEEP[keep]))
+
+
 def measure_models(mixes: Sequence[str], keep: str, tokens: int, *, loads: bool) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for name in mixes:
@@ -200,9 +206,7 @@ def measure_models(mixes: Sequence[str], keep: str, tokens: int, *, loads: bool)
             begun = time.perf_counter()
             write_gguf(path, MIXES[name])
             written = time.perf_counter()
-            loader = GGUFLoader(GGUFFile.open((path,)))
-            precision = Precision(mx.bfloat16, dense=False, blocks=KEEP[keep])
-            model: Any = loader.load(precision)
+            model = load_gguf(path, keep)
             weights = evaluate(model)
             mx.clear_cache()
             size = path.stat().st_size
@@ -214,7 +218,7 @@ def measure_models(mixes: Sequence[str], keep: str, tokens: int, *, loads: bool)
             }  # fmt: skip
             show("loaded", about)
             measure_engine("model", model, about, tokens, loads=loads)
-            del model, loader
+            del model
             path.unlink()
             mx.clear_cache()
 

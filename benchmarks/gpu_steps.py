@@ -1,25 +1,32 @@
 """Show which kernels the steps of the engine run on a GPU, and for how long.
 
     python benchmarks/gpu_steps.py [--shape qwen3-30b-a3b] [--bits 16] decode:1:128 prefill:32:1000
+    python benchmarks/gpu_steps.py --gguf q4_k_m decode:1:128
 
 `decode:N:LENGTH` are 40 steps of N requests after prompts of that length, and `prefill:N:LENGTH`
 all steps of N prompts. The times come from NVIDIA's CUPTI through PyTorch's profiler, so PyTorch
-for CUDA must be installed. Profiling slows the host down; times "without" are taken before.
+for CUDA must be installed. Profiling slows the host down; times "without" are taken before. A
+kernel that is launched early waits for the one before: its time counts from the end of that one.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import gguf_blocks
 import gpu_engine
 import mlx.core as mx
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from modelpack_engine.engine import Engine
+from modelpack_engine.models.precision import evaluate
 from modelpack_engine.request import EngineRequest, SamplingParams
 
 DECODE_STEPS = 40
@@ -79,9 +86,15 @@ def show(name: str, run: Callable[[], int], most: int = 24) -> None:
         steps = run()
         mx.synchronize()
     times: dict[str, list[float]] = defaultdict(list)
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[event.name].append(event.time_range.elapsed_us())
+    events = [
+        event for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]  # fmt: skip
+    before = 0.0
+    for event in sorted(events, key=lambda event: event.time_range.end):
+        end = event.time_range.end
+        times[event.name].append(end - max(before, event.time_range.start))
+        before = end
     busy = sum(map(sum, times.values())) / steps
     kernels = sum(map(len, times.values())) / steps
     print(
@@ -94,16 +107,32 @@ def show(name: str, run: Callable[[], int], most: int = 24) -> None:
         print(f"  {total:9.1f} us a step  {count:6.1f} x {each:8.1f} us  {kernel[:110]}")
 
 
+def model_of_gguf(mix: str) -> Any:
+    """Return a model of random blocks, as `gguf_blocks.py` writes and loads it."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "model.gguf")
+        gguf_blocks.write_gguf(path, gguf_blocks.MIXES[mix])
+        model = gguf_blocks.load_gguf(path, "some")
+        evaluate(model)
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="llama-1b", choices=gpu_engine.SHAPES)
     parser.add_argument("--bits", type=int, default=16, choices=(4, 8, 16))
+    parser.add_argument("--group-size", type=int, default=64, help="of quantised weights")
+    parser.add_argument("--gguf", choices=gguf_blocks.MIXES, help="of 8B, in place of a shape")
     parser.add_argument("--kv-gib", type=float, default=16)
     parser.add_argument("windows", nargs="+", metavar="KIND:COUNT:LENGTH")
     args = parser.parse_args()
-    model = gpu_engine.make_model(args.shape, args.bits)
+    if args.gguf:
+        model = model_of_gguf(args.gguf)
+    else:
+        model = gpu_engine.make_model(args.shape, args.bits, args.group_size)
     engine = gpu_engine.make_engine(model, 128, "shortest-first", int(args.kv_gib * 2**30))
-    print(f"{args.shape}, {args.bits} bits, {mx.device_info()['device_name']}", flush=True)
+    name = args.gguf or f"{args.shape}, {args.bits} bits"
+    print(f"{name}, {mx.device_info()['device_name']}", flush=True)
     for window in args.windows:
         kind, count, length = window.split(":")
         make = {"decode": decode, "prefill": prefill}[kind]
