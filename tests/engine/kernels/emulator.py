@@ -29,7 +29,7 @@ ON_TENSOR_CORES: tuple[Body, ...] = (
     "experts_wide", "block_tiles", "shrink_wide", "expand_wide", "delta_tiles", "delta_wide",
     "state_space_wide",
 )  # fmt: skip
-#: Those of rows in order, whose texts are also "affine" and "order".
+#: Those of rows in order, whose texts are also "codes", "affine" and "order".
 ARRANGED: tuple[Body, ...] = ("packed_wide", "arrange", "add_norm_arranged")
 Array = npt.NDArray[Any]
 #: An edit of a text, by its name.
@@ -201,10 +201,10 @@ def _definitions(instances: Sequence[Instance], edit: Edit) -> list[str]:
         if first is not None:
             arguments = argument_list(body, {}, shape_type="const int*")
             if body in ON_TENSOR_CORES and "struct Dim" not in "".join(lines):
-                lines += [(STUBS / "tensor.h").read_text(), text("codes")]
+                lines.append((STUBS / "tensor.h").read_text())
                 arranged = any(one.body in ARRANGED for one in instances)
                 shared = edit if arranged else unchanged
-                lines += [shared(part, text(part)) for part in ("affine", "order")]
+                lines += [shared(part, text(part)) for part in ("codes", "affine", "order")]
             lines += [
                 f"template <{first.parameters()}>",
                 f"void {body}(Emu& emu, {arguments}) {{",
