@@ -27,6 +27,7 @@ from modelpack.errors import (
     UsageError,
 )
 from modelpack_engine.errors import (
+    RETRY_AFTER,
     BusyError,
     ContextLengthError,
     LoadingError,
@@ -49,6 +50,8 @@ _MAX_MESSAGE = 1000
 _MAX_PARAM = 200
 # The pool has logged why a model cannot be loaded.
 _LOGGED = (ModelLoadError, OutOfMemoryError)
+# What Python's `threading` says if the system has no memory for a thread's stack.
+_NO_THREAD = "can't start new thread"
 # OpenAI's and Anthropic's clients do not retry a response with this header.
 _NO_RETRY = {"x-should-retry": "false"}
 
@@ -123,6 +126,8 @@ def problem_of(error: Exception) -> Problem:
         return _of_validation(error)
     if isinstance(error, HTTPException):
         return Problem(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        error = QueueFullError("the server has no memory for a thread", retry_after=RETRY_AFTER)
     if not isinstance(error, ModelpackError):
         return Problem(500, f"unexpected {type(error).__name__}")
     text = f"{error}. {error.hint}" if error.hint else str(error)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +108,7 @@ def test_no_json(served: Served) -> None:
         (OutOfMemoryError("too large"), 503, "api_error"),
         (EngineError("broken"), 500, "api_error"),
         (ValueError("broken"), 500, "api_error"),
+        (RuntimeError("broken"), 500, "api_error"),
     ],
 )
 def test_the_servers_own_failures(error: Exception, status: int, kind: str) -> None:
@@ -114,6 +117,21 @@ def test_the_servers_own_failures(error: Exception, status: int, kind: str) -> N
     assert json.loads(bytes(response.body))["error"]["type"] == kind
     if status == 529:
         assert response.headers["retry-after"] == "2"
+
+
+def test_a_server_without_memory_for_a_thread_is_overloaded() -> None:
+    """The threads that start take all the address space that a process may have."""
+    code = (
+        "import resource, threading\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (300 << 20, 300 << 20))\n"
+        "try:\n"
+        "    while True: threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "except RuntimeError as error: print(error, flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    response = problem_of(RuntimeError(done.stdout.strip())).response(Family.ANTHROPIC)
+    assert response.status_code == 529
+    assert int(response.headers["retry-after"]) >= 1
 
 
 def test_a_failure_in_the_stream_is_an_event(served: Served, client: anthropic.Anthropic) -> None:
