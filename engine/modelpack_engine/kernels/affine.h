@@ -8,7 +8,7 @@ struct PaAffine {  // __half: 1024 + code, or 1024 + 16 codes, as bits
   __device__ PaAffine(unsigned short scale, unsigned short bias) : scales(scale * 0x10001u), biases(bias * 0x10001u) {}
   __device__ unsigned weights(unsigned word, int pair) const {
     const bool high = BITS == 4 && pair % 2;
-    const unsigned numbers = pa_bits_of_pair<BITS>(word, pair) | 0x64006400u;
+    const unsigned numbers = pa_bits_of_pair<BITS>(word, pair, 0x64006400u);
     // 1/16 and -64, or 1 and -1024
     const unsigned codes = pa_fma2<E>(numbers, high ? 0x2c002c00u : 0x3c003c00u, high ? 0xd400d400u : 0xe400e400u);
     return pa_fma2<E>(codes, scales, biases);

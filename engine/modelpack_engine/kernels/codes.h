@@ -16,11 +16,13 @@ struct PaCodes<__nv_bfloat16, BITS> {
     return pa_pack<__nv_bfloat16>(low, high);
   }
 };
-// A pair of a word's codes: (0 4) (1 5) (2 6) (3 7), or of 8 bits (0 2) (1 3). Of 4 bits, odd pairs are 16 times as large.
+// A pair of a word's codes, and other bits: (0 4) (1 5) (2 6) (3 7), or of 8 bits (0 2) (1 3). Of 4 bits, odd pairs are 16
+// times as large.
 template <int BITS>
-__device__ inline unsigned pa_bits_of_pair(unsigned word, int pair) {
+__device__ inline unsigned pa_bits_of_pair(unsigned word, int pair, unsigned others = 0) {
   if (BITS == 4 ? pair >= 2 : pair >= 1) word >>= 8;
-  return word & (BITS == 8 ? 0x00ff00ffu : pair % 2 ? 0x00f000f0u : 0x000f000fu);
+  const unsigned mask = BITS == 8 ? 0x00ff00ffu : pair % 2 ? 0x00f000f0u : 0x000f000fu;
+  return others ? pa_masked(word, mask, others) : word & mask;
 }
 // What is multiplied for pairs of codes and pairs of a row's elements: numbers, which stand for OFFSET + code, and what
 // `rows` makes of the elements. The sum of their products is that of the codes and elements, divided by WHOLE.

@@ -215,13 +215,16 @@ def test_values_of_another_matmul_are_written_in_the_kernel(host: Host, wrong: b
     np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
-def logits_of(runner: Any) -> mx.array:
-    """Return the logits of a prompt's step."""
+def logits_of(runner: Any, *, mrope: bool = False) -> mx.array:
+    """Return the logits of a prompt's step, with `mrope` at other positions on each axis."""
     scheduler = Scheduler(SchedulerConfig(2, 32, 100), BlockManager(8))
     scheduler.add(Sequence("r", list(range(13)), SamplingParams()))
     output = scheduler.schedule()
     assert output is not None
     batch = build_batch(output, None, runner.buckets, 16)
+    if mrope:
+        axes = tuple([place * n // 2 for place in batch.positions] for n in (2, 1, 3))
+        batch = replace(batch, rope_positions=axes)
     logits = runner.forward(batch, mx.array(batch.token_ids, mx.int32))
     mx.eval(logits)
     return cast("mx.array", logits)
@@ -256,17 +259,8 @@ def test_steps_with_mrope_positions_rotate_in_the_kernel(
         runner = make_runner(model, num_blocks=8, exact=not fused, compiled=False)
         assert runner.tier == "paged"
         assert set(runner.fused) == ({"attention", "block", "MLP"} if fused else set())
-        scheduler = Scheduler(SchedulerConfig(2, 32, 100), BlockManager(8))
-        scheduler.add(Sequence("r", list(range(13)), SamplingParams()))
-        output = scheduler.schedule()
-        assert output is not None
-        batch = build_batch(output, None, runner.buckets, 16)
-        if mrope:
-            axes = tuple([place * n // 2 for place in batch.positions] for n in (2, 1, 3))
-            batch = replace(batch, rope_positions=axes)
         before = len(host.calls)
-        found.append(runner.forward(batch, mx.array(batch.token_ids, mx.int32)))
-        mx.eval(found[-1])
+        found.append(logits_of(runner, mrope=mrope))
         bodies = {body for body, _ in host.calls[before:]}
         assert ("rotate" in bodies) == fused
         assert ("angles" in bodies) == (fused and mrope)
