@@ -4,9 +4,9 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `packed_strips`,
-`packed_wide`, `arrange`, `add_norm_arranged`, `block_tiles`, `experts`, `experts_wide`,
-`shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`, `state_space_wide`, `usable`, `deliver`,
-`fetch` and `address` are for CUDA only.
+`packed_wide`, `arrange`, `add_norm_arranged`, `block_tiles`, `block_strips`, `experts`,
+`experts_wide`, `shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`, `state_space_wide`,
+`usable`, `deliver`, `fetch` and `address` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ Body = Literal[
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide", "packed_strips",
     "packed_wide", "arrange", "add_norm_arranged", "dots", "deliver", "packed_row", "block_dots",
-    "block_tiles", "block_values", "adapters",
-    "adapters_norm", "shrink_wide", "expand_wide", "convolve", "gated_norm", "linear_attention",
+    "block_tiles", "block_strips", "block_values", "adapters", "adapters_norm",
+    "shrink_wide", "expand_wide", "convolve", "gated_norm", "linear_attention",
     "delta_tiles", "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address",
     "beside", "gate", "windows", "fetch",
 ]  # fmt: skip
@@ -101,6 +101,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "address": tuple("abcdefgh"),
     "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
+    "block_strips": ("x", "weight", "bias", "more", "norm"),
     "block_values": ("weight",),
     "adapters": ("given", "x", "down", "up", "slots"),
     "shrink_wide": ("x", "down", "slots", "singles"),
@@ -129,6 +130,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "dots": ("out", "total"),
     "packed_row": ("out", "total"),
     "packed_strips": ("out", "total"),
+    "block_strips": ("out", "total"),
     "dispatch": ("source", "place", "sorted", "spans"),
     "greedy": ("token", "next"),
     "draw": ("token", "next"),
@@ -164,6 +166,9 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "adapters_norm": ("shrink", "expand", "add_norm", "normed", "in_rows"),
     "expand_wide": ("chunks", "expand_wide"),
     "delta_wide": ("delta_rule", "delta_wide"),
+    "packed_strips": ("packed_strips", "strips"),
+    "block_tiles": ("block_chunk", "block_tiles"),
+    "block_strips": ("block_chunk", "block_strips", "strips"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.
@@ -211,19 +216,19 @@ def kernel_source(
     headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "packed_strips",
-        "packed_wide", "grouped", "block_tiles", "shrink_wide", "expand_wide", "delta_tiles",
-        "delta_wide", "state_space_wide",
+        "packed_wide", "grouped", "block_tiles", "block_strips", "shrink_wide", "expand_wide",
+        "delta_tiles", "delta_wide", "state_space_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body in ("packed", "packed_row", "packed_strips"):
         headers.append("codes")
-    if body in ("packed_strips", "packed_wide"):
+    if body in ("packed_strips", "packed_wide", "block_strips"):
         headers.append("barriers")
-    if body in ("packed_wide", "experts_wide", "block_tiles"):
+    if body in ("packed_wide", "experts_wide", "block_tiles", "block_strips"):
         headers.append("codes")
     if body in ("packed_wide", "experts_wide"):
         headers.append("warpgroups")
-    if body in ("packed_wide", "block_tiles"):
+    if body in ("packed_wide", "block_tiles", "block_strips"):
         headers.append("affine")
     if body in ("packed_wide", "arrange", "add_norm_arranged"):
         headers.append("order")

@@ -2,9 +2,9 @@
 
 With few rows, most of the time is spent reading the weights, which MLX's matmuls do at half of the
 memory bandwidth. Our kernel computes these matmuls, and may leave partial sums for the next kernel
-to add. `dots` multiplies one row. `packed` and `packed_wide` multiply by quantised weights where
-they can; elsewhere, with many rows, these are dequantised first. `blocks` multiplies by the block
-types of GGUF. MLX computes all other matmuls.
+to add. `dots` multiplies one row. `strips`, `packed` and `packed_wide` multiply by quantised
+weights where they can; elsewhere, with many rows, these are dequantised first. `strips` and
+`blocks` multiply by the block types of GGUF. MLX computes all other matmuls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import partial
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch, recording
-from modelpack_engine.layers import blocks, dots, kernels, packed, packed_wide
+from modelpack_engine.layers import blocks, dots, kernels, packed, packed_wide, strips
 from modelpack_engine.layers.weights import Weights, random_weights
 
 #: The most rows for which our kernel is used, with quantised weights and with plain ones: see
@@ -50,10 +50,10 @@ def multiply(x: mx.array, weights: Weights, arranged: Arranged | None = None) ->
 
     If a kernel can compute x in the order of `packed_wide`, this is `arranged`.
     """
+    if few := strips.strips_for(x, weights):
+        return strips.multiply(x, weights, few)
     if weights.blocks is not None:
         return blocks.multiply(x, weights.weight, weights.blocks, weights.bias)
-    if strips := packed.strips_for(x, weights):
-        return packed.multiply_strips(x, weights, strips)
     if packed.fits_row(x, weights):
         return packed.multiply_row(x, weights)
     if _takes_one(x, weights):
@@ -93,8 +93,8 @@ class Parts:
 
 def multiply_in_parts(x: mx.array, weights: Weights, arranged: Arranged | None = None) -> Parts:
     """Return the partial sums of rows x [rows, ...] times the weights: parts [rows, out]."""
-    if strips := packed.strips_for(x, weights, parted=True):
-        return Parts(packed.multiply_strips(x, weights, strips), strips.parts)
+    if few := strips.strips_for(x, weights, parted=True):
+        return Parts(strips.multiply(x, weights, few), few.parts)
     if packed.fits_row(x, weights):
         parts = packed.num_parts_of_row(weights.num_outputs, weights.num_inputs)
         return Parts(packed.multiply_row(x, weights, parts), parts)
@@ -120,8 +120,8 @@ def multiply_in_parts(x: mx.array, weights: Weights, arranged: Arranged | None =
 def swiglu(x: mx.array, weights: Weights, arranged: Arranged | None = None) -> mx.array:
     """Return silu(gate) * up [rows, n] for rows x [rows, ...] and joint weights [2 n, in]."""
     width = weights.num_outputs // 2
-    if weights.num_outputs % 2 == 0 and (strips := packed.strips_for(x, weights)):
-        return packed.multiply_strips(x, weights, strips, swiglu=True)
+    if weights.num_outputs % 2 == 0 and (few := strips.strips_for(x, weights)):
+        return strips.multiply(x, weights, few, swiglu=True)
     if weights.num_outputs % 2 == 0 and packed.fits_row(x, weights):
         return packed.multiply_row(x, weights, swiglu=True)
     if weights.num_outputs % 2 == 0 and _takes_one(x, weights, swiglu=True):
@@ -185,9 +185,9 @@ def multiply_normed(
 
     With `swiglu`, the first half of the outputs are gates. None if no kernel does all of it.
     """
-    strips = packed.strips_for(row.a, weights)
-    if strips and weights.num_inputs <= packed.MOST_NORMED:
-        return packed.multiply_strips_normed(row, weights, strips, swiglu=swiglu)
+    few = strips.strips_for(row.a, weights)
+    if few and weights.num_inputs <= strips.MOST_NORMED:
+        return strips.multiply_normed(row, weights, few, swiglu=swiglu)
     if packed.fits_row(row.a, weights):
         return packed.multiply_normed(row, weights, swiglu=swiglu)
     bits = weights.bits or 16

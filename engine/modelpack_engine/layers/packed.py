@@ -1,14 +1,13 @@
 """Matmuls with packed weights: rows times affine quantised weights, converted in registers.
 
-With few rows, the time is that of reading the packed weights. Up to eight rows have a kernel whose
-blocks copy weights far ahead (Hopper, compute capability 9.0). For the sizes and GPUs that it does
-not support, one row of 4 bits has another one, and `multiply` is for up to eight rows; it needs
-tensor cores. More rows are multiplied by `packed_wide`.
+With few rows, the time is that of reading the packed weights. These kernels are for the sizes and
+GPUs that `strips` does not support: one for a row of 4 bits, and `multiply` for up to eight rows,
+which needs tensor cores. More rows are multiplied by `packed_wide`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -134,143 +133,6 @@ def multiply(
         output_dtypes=[out_dtype],
     )  # fmt: skip
     return out
-
-
-@dataclass(frozen=True, slots=True)
-class Strips:
-    """How blocks multiply up to `rows` rows by strips of 16 outputs.
-
-    Measured in benchmarks/results/packed-h200.md. `parts` blocks share the inputs of a strip, in
-    stages of one unit for each of `warps` warps, of which `stages` are in shared memory or on their
-    way there; `blocks` run at a time for each part.
-    """
-
-    rows: int
-    parts: int
-    warps: int
-    stages: int
-    blocks: int
-    shared_bytes: int
-
-    @property
-    def threads(self) -> int:
-        """The threads of a block: two more warps have the weights copied."""
-        return (self.warps + 2) * 32
-
-
-#: The inputs of a unit, the most warps and shared memory of a multiprocessor's blocks, the
-#: multiprocessors of a large GPU, the most stages, and the most rows and inputs that are kept.
-_UNIT, _MOST_WARPS, _MOST_SHARED, _PROCESSORS, _MOST_STAGES = 256, 16, 224 << 10, 132, 6
-_MOST_STRIP_ROWS, _MOST_KEPT = 8, 1 << 15
-#: The most inputs of a row that strips norm: its elements are in registers meanwhile.
-MOST_NORMED = 12288
-
-
-def strips_for(x: mx.array, weights: Weights, *, parted: bool = False) -> Strips | None:
-    """Return how the kernel of strips multiplies rows x [rows, ...]; None if it does not.
-
-    Inputs are split into parts only if they may be `parted`.
-    """
-    rows = x.size // weights.num_inputs
-    if not (
-        rows <= _MOST_STRIP_ROWS
-        and fits(x, weights)
-        and weights.num_inputs % _UNIT == 0
-        and weights.num_inputs % (weights.group_size * 8) == 0  # whole copies of 16 bytes
-        and has_warpgroups()
-    ):
-        return None
-    assert weights.bits is not None
-    bits, size = weights.bits, weights.group_size
-    found = plan_strips(rows, weights.num_inputs, bits, size, parted=parted)
-    if found is None:
-        return None
-    if strips_verdict(x.dtype, bits, size, found.rows, weights.bias is not None) is not None:
-        return None
-    return found
-
-
-def plan_strips(
-    rows: int, inputs: int, bits: int, group_size: int, *, parted: bool = False
-) -> Strips | None:
-    """Return how up to 8 rows are multiplied; None if their inputs do not fit."""
-    kept, units, parts = 1 << max(0, rows - 1).bit_length(), inputs // _UNIT, 1
-    while inputs // parts * kept > _MOST_KEPT:
-        parts *= 2
-    own = units // parts
-    if (parts > 1 and not parted) or parts > _MOST_PARTS or units % parts:
-        return None
-    least = max(1, group_size // 32)  # units whose scales have 16 bytes
-    if own % least:
-        return None
-    pad = group_size * bits // 8
-    for splits in range(-(-own // _MOST_WARPS), own // least + 1):
-        warps = -(-own // (splits * least)) * least
-        if warps > _MOST_WARPS:
-            continue
-        scales = warps * _UNIT // group_size * 2
-        stage = 16 * (warps * _UNIT * bits // 8 + (pad if pad < 128 else 16))
-        stage += 32 * (scales + 16 * (scales % 32 == 0))
-        rest = own * _UNIT * kept * 2 + own * _UNIT // group_size * kept * 4
-        rest += 2 * warps * kept * 16 * 4 + 64 + 16 * _MOST_STAGES
-        for beside in (2, 1) if warps * 2 <= _MOST_WARPS else (1,):
-            stages = min(_MOST_STAGES, (_MOST_SHARED // beside - rest) // stage)
-            if stages >= 2:
-                blocks = max(1, _PROCESSORS * beside // parts)
-                return Strips(kept, parts, warps, stages, blocks, stages * stage + rest)
-    return None
-
-
-def multiply_strips(
-    x: mx.array, weights: Weights, strips: Strips, *, swiglu: bool = False
-) -> mx.array:
-    """Return rows x [rows, ...] times the weights: as `multiply`."""
-    return _run_strips(x, weights, strips, None, swiglu=swiglu)[0]
-
-
-def multiply_strips_normed(
-    row: Normed, weights: Weights, strips: Strips, *, swiglu: bool = False
-) -> tuple[mx.array, mx.array]:
-    """Return the normed row times the weights [1, out], and the sum in a's shape."""
-    out, total = _run_strips(row.a, weights, strips, row, swiglu=swiglu)
-    return out, total
-
-
-def _run_strips(
-    x: mx.array, weights: Weights, strips: Strips, normed: Normed | None, *, swiglu: bool
-) -> list[mx.array]:
-    rows, parts = x.size // weights.num_inputs, strips.parts
-    width = weights.num_outputs // 2 if swiglu else weights.num_outputs
-    stride = min(strips.blocks, -(-width // (8 if swiglu else 16)))
-    out_dtype = x.dtype if parts == 1 else mx.float32
-    shapes: list[tuple[int, ...]] = [(rows, width) if parts == 1 else (parts, rows, width)]
-    dtypes, more, norm = [out_dtype], x.dtype, x.dtype
-    if normed is not None:
-        shapes, dtypes = [*shapes, x.shape], [*dtypes, x.dtype]
-        more, norm = normed.parts.dtype, normed.weight.dtype
-    return launch.run_on_cuda(
-        "packed_strips",
-        {
-            "x": x, **weights.inputs(),
-            "more": None if normed is None else normed.parts,
-            "norm": None if normed is None else normed.weight,
-        },
-        strips.shared_bytes,
-        without=("total",) if normed is None else (),
-        template=[
-            ("T", x.dtype), ("O", out_dtype), ("B", more), ("V", norm),
-            ("BITS", weights.bits), ("GROUP", weights.group_size),
-            ("BIAS", weights.bias is not None), ("SWIGLU", swiglu), ("ROWS", strips.rows),
-            ("WARPS", strips.warps), ("STAGES", strips.stages), ("STRIDE", stride),
-            ("NORMED", normed is not None),
-            ("D", weights.num_inputs // parts), ("PARTS", 1 if normed is None else normed.count),
-            ("EPSILON", 0 if normed is None else launch.bits_of(normed.epsilon)),
-        ],
-        grid=(stride * strips.threads, 1, parts),
-        threadgroup=(strips.threads, 1, 1),
-        output_shapes=shapes,
-        output_dtypes=dtypes,
-    )  # fmt: skip
 
 
 #: For one row: the inputs of a chunk, the chunks of a warp at a time, the warps of a block, the
@@ -415,43 +277,6 @@ def _compare_row(dtype: mx.Dtype, group_size: int) -> str | None:
     return launch.difference(found, 1e-1)
 
 
-def _compare_strips(
-    dtype: mx.Dtype, bits: int, group_size: int, rows: int, biased: bool
-) -> str | None:
-    keys = launch.random_keys(16, 5)
-    units = 40 if rows <= 2 else 16  # with 40, the last stage of a strip is a shorter one
-    outputs, inputs = 16 * 20 + 8, _UNIT * units
-    weights, full, bias = random_weights(
-        dtype, bits, (outputs, inputs), 1 / 128, keys[0], keys[1], group_size, biased=biased
-    )
-    a, b = (mx.random.normal((rows, inputs), key=key).astype(dtype) for key in keys[2:4])
-    whole = plan_strips(rows, inputs, bits, group_size)
-    assert whole is not None
-    whole = replace(whole, blocks=12)
-    halves = replace(whole, parts=2, warps=min(whole.warps, units // 2))
-    expected = a.astype(mx.float32) @ full.T + bias
-    gate, up = mx.split(expected, 2, axis=1)
-    found = {
-        f"the product of {rows} rows": (multiply_strips(a, weights, whole), expected),
-        "the sum of parts": (multiply_strips(a, weights, halves).sum(axis=0), expected),
-        "SwiGLU": (
-            multiply_strips(a, weights, whole, swiglu=True),
-            gate * mx.sigmoid(gate) * up,
-        ),
-    }
-    if rows == 1:
-        norm = mx.random.uniform(0.5, 1.5, (inputs,), key=keys[4]).astype(dtype)
-        x = mx.fast.rms_norm(a + b, norm, 1e-5).astype(mx.float32)
-        parts = mx.stack([b / 4, b * 3 / 4]).astype(mx.float32)
-        row = Normed(a, parts, 2, norm, 1e-5)
-        out, total = multiply_strips_normed(row, weights, whole)
-        found["the product of a norm"] = out, x @ full.T + bias
-        found["the sum before a norm"] = total, a + b
-    return launch.difference(found, 0.1)
-
-
 #: None if our kernel multiplies as MLX does for a type, weights and a tile, otherwise the problem;
-#: that of one row, for a type and a size of groups; that of strips, also for a number of rows, and
-#: whether there is a bias.
+#: that of one row, for a type and a size of groups.
 verdict, row_verdict = launch.Verdict(_compare), launch.Verdict(_compare_row)
-strips_verdict = launch.Verdict(_compare_strips)

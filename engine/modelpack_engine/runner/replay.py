@@ -100,11 +100,11 @@ _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloa
 #: The arrays that one kernel takes the addresses of.
 _AT_ONCE = 8
 #: Kernels that may start while the one before runs: they wait for its end themselves. The first
-#: three read weights until then.
+#: four read weights until then.
 EARLY: frozenset[str] = frozenset(
     (
-        "packed_strips", "packed_wide", "block_tiles", "arrange", "rotate", "decode", "merge",
-        "add_norm", "add_norm_arranged",
+        "packed_strips", "packed_wide", "block_tiles", "block_strips", "arrange", "rotate",
+        "decode", "merge", "add_norm", "add_norm_arranged",
     )
 )  # fmt: skip
 #: Kernels that may start while this one before runs, and read all but what it writes before they

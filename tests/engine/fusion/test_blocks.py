@@ -153,7 +153,7 @@ def test_verdicts_name_wrong_kernels(
         problem = blocks.values_verdict(BF16, kind)
     else:
         problem = blocks.verdict(BF16, kind, 1)
-    assert edited == [True]
+    assert any(edited)
     assert "is off by" in str(problem)
 
 

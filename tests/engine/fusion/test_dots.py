@@ -13,7 +13,7 @@ import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import dots, expert_kernels, matmul, packed
+from modelpack_engine.layers import dots, expert_kernels, matmul, packed, strips
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.weights import random_weights
 from modelpack_engine.patches.fused_layers import fuse_experts
@@ -71,7 +71,7 @@ def test_the_verdict_names_a_wrong_kernel(
 def test_one_row_is_multiplied(
     host: Host, monkeypatch: pytest.MonkeyPatch, bits: int, rows: int, bodies: list[str]
 ) -> None:
-    monkeypatch.setattr(packed, "strips_verdict", lambda *_: None)
+    monkeypatch.setattr(strips, "verdict", lambda *_: None)
     keys = mx.random.split(mx.random.key(2), 3)
     weights, full, bias = random_weights(BF16, bits, (48, 512), 1 / 16, keys[0], keys[1], 64)
     x = mx.random.normal((rows, 512), key=keys[2]).astype(BF16)

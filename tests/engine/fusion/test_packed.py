@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import matmul, packed, packed_wide
+from modelpack_engine.layers import matmul, packed, packed_wide, strips
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.weights import Weights, random_weights
 from tests.engine.kernels.onhost import Host, emulated
@@ -40,7 +40,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_wide, "verdict", lambda *_: None)
     monkeypatch.setattr(packed, "verdict", lambda *_: None)
     monkeypatch.setattr(packed, "row_verdict", lambda *_: None)
-    monkeypatch.setattr(packed, "strips_verdict", lambda *_: None)
+    monkeypatch.setattr(strips, "verdict", lambda *_: None)
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -143,66 +143,6 @@ def test_a_row_is_left_to_others_if_its_kernel_is_wrong(monkeypatch: pytest.Monk
     assert not packed.fits_row(mx.zeros((1, 256), BF16), weights())
 
 
-@pytest.mark.usefixtures("on_hopper")
-@pytest.mark.parametrize(
-    ("shape", "with_weights", "fits"),
-    [
-        ((1, 512), {"inputs": 512}, True),
-        ((8, 2, 256), {"inputs": 512}, True),
-        ((9, 512), {"inputs": 512}, False),
-        ((4, 256), {"group_size": 32}, True),
-        ((4, 256), {}, False),  # a row's scales have no whole copies of 16 bytes
-        ((4, 1024), {"inputs": 1024, "group_size": 128, "dtype": mx.float16}, True),
-        ((4, 512), {"inputs": 512, "group_size": 128}, False),
-        ((4, 512), {"inputs": 512, "bits": 8}, True),
-        ((8, 4096), {"shape": (8, 4096), "bits": 8}, True),
-        ((1, 14336), {"shape": (8, 14336)}, True),
-        ((1, 14336), {"shape": (8, 14336), "bits": 8}, True),
-        ((8, 14336), {"shape": (8, 14336)}, False),  # the rows fit in parts only
-    ],
-)
-def test_what_the_kernel_of_strips_multiplies(
-    shape: tuple[int, ...], with_weights: dict[str, Any], fits: bool
-) -> None:
-    made = weights(**with_weights)
-    x = mx.zeros(shape, with_weights.get("dtype", BF16))
-    assert (packed.strips_for(x, made) is not None) is fits
-    in_parts = packed.strips_for(x, made, parted=True)
-    assert in_parts is not None or not fits
-
-
-@pytest.mark.usefixtures("on_hopper")
-def test_strips_are_for_hopper_and_for_kernels_that_are_right(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    x, made = mx.zeros((1, 512), BF16), weights(inputs=512)
-    monkeypatch.setattr(packed, "strips_verdict", lambda *_: "it is off")
-    assert packed.strips_for(x, made) is None
-    monkeypatch.setattr(packed, "strips_verdict", lambda *_: None)
-    assert packed.strips_for(x, made) is not None
-    monkeypatch.setattr(packed, "has_warpgroups", lambda: False)
-    assert packed.strips_for(x, made) is None
-
-
-@given(
-    rows=st.integers(1, 8), pieces=st.integers(1, 128), bits=st.sampled_from((4, 8)),
-    group_size=st.sampled_from((32, 64, 128)),
-)  # fmt: skip
-def test_strips_fit_a_multiprocessor(rows: int, pieces: int, bits: int, group_size: int) -> None:
-    inputs = pieces * max(256, group_size * 8)
-    found = packed.plan_strips(rows, inputs, bits, group_size, parted=True)
-    if found is None:
-        return
-    units, least = inputs // found.parts // 256, max(1, group_size // 32)
-    assert inputs % (found.parts * 256) == 0
-    assert found.rows >= rows
-    assert found.stages >= 2
-    assert found.shared_bytes * (found.blocks * found.parts // 132 or 1) <= 227 << 10
-    # All stages of a strip, and a shorter last one, are whole copies; no warp has nothing to do.
-    assert found.warps % least == units % least == 0
-    assert found.warps <= min(units, 16)
-
-
 @given(outputs=st.integers(1, 200_000), chunks=st.integers(1, 128))
 def test_parts_of_a_row_are_whole_chunks(outputs: int, chunks: int) -> None:
     parts = packed.num_parts_of_row(outputs, chunks * 128)
@@ -250,7 +190,7 @@ def test_wide_tiles_fit_a_multiprocessor(
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
-    verdicts = packed.verdict, packed.row_verdict, packed.strips_verdict, packed_wide.verdict
+    verdicts = packed.verdict, packed.row_verdict, strips.verdict, packed_wide.verdict
     with emulated(monkeypatch, *verdicts) as found:
         monkeypatch.setattr(launch, "backend", lambda: "cuda")
         monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
@@ -439,72 +379,3 @@ def test_a_row_is_added_normed_and_multiplied_by_one_kernel(
         expected = gate * mx.sigmoid(gate) * up
     np.testing.assert_allclose(found.astype(mx.float32), expected, rtol=0.03, atol=0.05)
     np.testing.assert_array_equal(sums.value(total).astype(mx.float32), (a + b).astype(mx.float32))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("rows", [1, 2, 4, 8])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("dtype", "group_size"), [(BF16, 64), (BF16, 32), (mx.float16, 128), (mx.float16, 64)]
-)
-def test_strips_agree_with_mlx(
-    host: Host, dtype: mx.Dtype, group_size: int, bits: int, rows: int
-) -> None:
-    biased = group_size != 64
-    assert packed.strips_verdict(dtype, bits, group_size, rows, biased) is None
-    calls = [call for _, call in host.calls]
-    assert {(call["BITS"], call["BIAS"]) for call in calls} == {(bits, biased)}
-    assert max(call["STRIDE"] for call in calls) < 21  # blocks compute several strips
-    assert {call["ROWS"] for call in calls} == {rows}
-    shorter = [call["D"] // 256 % call["WARPS"] for call in calls]
-    assert any(shorter) is (rows <= 2)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("bits", "rows", "wrong", "problem"),
-    [
-        (4, 8, ("* Pairs::WHOLE", ""), "the product of 8 rows is off"),
-        (4, 8, ("BITS == 8 ? v.y : v.z", "v.y"), "the product of 8 rows is off"),
-        (4, 8, ("r % ROWS, c)", "0, c)"), "the product of 8 rows is off"),
-        (8, 8, ("e * 2 + p / 2", "e * 2"), "the product of 8 rows is off"),
-        (8, 2, ("p % 2 : p", "0 : p"), "the product of 2 rows is off"),
-        (
-            4,
-            1,
-            ("item / SPLIT * STRIDE;\n    float", "0;\n    float"),
-            "the product of 1 rows is off",
-        ),
-        (4, 4, ("PA_Z * D + first * UNIT", "first * UNIT"), "the sum of parts is off"),
-        (8, 1, ("PARTS; part++", "1; part++"), "the product of a norm is off"),
-    ],
-)
-def test_the_verdict_names_wrong_strips(
-    host: Host, bits: int, rows: int, wrong: tuple[str, str], problem: str
-) -> None:
-    def broken(_: str, text: str) -> str:
-        return text.replace(*wrong)
-
-    host.break_by(broken)
-    assert str(packed.strips_verdict(BF16, bits, 64, rows, True)).startswith(problem)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_layers_multiply_few_rows_by_strips(host: Host, rows: int, bits: int) -> None:
-    made = weights(bits, inputs=512)
-    x = mx.random.normal((rows, 512), key=mx.random.key(1)).astype(BF16)
-    full = mx.dequantize(made.weight, made.scales, made.biases, 64, bits).astype(mx.float32)
-    assert made.bias is not None
-    expected = x.astype(mx.float32) @ full.T + made.bias.astype(mx.float32)
-    gate, up = mx.split(expected, 2, axis=1)
-    parts = matmul.multiply_in_parts(x[:, None], made)
-    total = parts.array if parts.count == 1 else parts.array.sum(axis=0)
-    for found, wanted in (
-        (matmul.multiply(x, made), expected),
-        (total, expected),
-        (matmul.swiglu(x, made), gate * mx.sigmoid(gate) * up),
-    ):
-        np.testing.assert_allclose(found.astype(mx.float32), wanted, rtol=0.03, atol=0.03)
-    assert {body for body, _ in host.calls} == {"packed_strips"}

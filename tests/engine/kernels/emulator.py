@@ -26,8 +26,8 @@ STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
 ON_TENSOR_CORES: tuple[Body, ...] = (
     "packed", "packed_row", "packed_strips", "packed_wide", "arrange", "add_norm_arranged",
-    "experts_wide", "block_tiles", "shrink_wide", "expand_wide", "delta_tiles", "delta_wide",
-    "state_space_wide",
+    "experts_wide", "block_tiles", "block_strips", "shrink_wide", "expand_wide", "delta_tiles",
+    "delta_wide", "state_space_wide",
 )  # fmt: skip
 #: Those of rows in order, whose texts are also "codes", "affine" and "order".
 ARRANGED: tuple[Body, ...] = ("packed_wide", "arrange", "add_norm_arranged")

@@ -6,7 +6,7 @@ import itertools
 import math
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,8 @@ from modelpack_engine.layers import (
     packed,
     packed_wide,
     state_space,
+    strips,
 )
-from modelpack_engine.layers.weights import random_weights
 from modelpack_engine.runner import replay
 from modelpack_engine.sampling import delivery, sampler
 from modelpack_engine.vision import transfers, windows
@@ -344,6 +344,7 @@ SINKS = AttentionShape(8, 2, 64, 64, window=128, softcap=True, sinks=True)
 LATENT = AttentionShape(16, 1, 512, 512, 64, latent=True)
 Q8 = AttentionShape(8, 2, 64, 64, bits=8, group=64)
 BLOCKS = {**blocks.BLOCK_TYPES, "halves of Q4_K": blocks.BLOCK_TYPES["Q4_K"].halved}
+FEW_BLOCKS = ["Q2_K", "Q6_K", "Q5_1", "IQ4_XS", "halves of Q4_K"]
 PLACE = delivery.Place(np.zeros(0, np.int32), mx.zeros((4,), mx.int32))
 CALLS: dict[str, Callable[[], object]] = {
     "decode": lambda: operations.probe_decode(LLAMA, "cuda", BF16, BF16),
@@ -452,34 +453,36 @@ def test_nvidia_s_compiler_takes_warpgroups(
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("inputs", [4096, packed.MOST_NORMED])
+@pytest.mark.parametrize(
+    "form",
+    [strips.Format(bits, size) for bits, size in itertools.product((4, 8), (32, 64, 128))]
+    + [strips.Format(0, 0, BLOCKS[name]) for name in FEW_BLOCKS],
+    ids=lambda form: form.blocks.name if form.blocks else f"{form.bits} bits of {form.group_size}",
+)
+@pytest.mark.parametrize("inputs", [4096, strips.MOST_NORMED])
 def test_strips_have_enough_registers(
-    monkeypatch: pytest.MonkeyPatch, inputs: int, bits: int, group_size: int, dtype: mx.Dtype
+    monkeypatch: pytest.MonkeyPatch, inputs: int, form: strips.Format, dtype: mx.Dtype
 ) -> None:
     """Otherwise MLX cannot launch them: SwiGLU of one row in groups of 32 could not be."""
     compiling = Compiling("sm_90a")
     monkeypatch.setattr(launch, "kernel", compiling.kernel)
-    keys = mx.random.key(1), mx.random.key(2)
     for rows, biased in itertools.product((1, 2, 4, 8), (False, True)):
-        weights, *_ = random_weights(dtype, bits, (64, inputs), 1.0, *keys, group_size)
-        weights = weights if biased else replace(weights, bias=None)
-        strips = packed.plan_strips(rows, inputs, bits, group_size, parted=True)
-        if strips is None:  # the rows have no room
+        weights, *_ = strips.random_weights_of(dtype, form, (64, inputs), biased=biased)
+        few = strips.plan(rows, inputs, form, parted=True)
+        if few is None:  # the rows have no room
             assert rows == 8
             continue
         x = mx.zeros((rows, inputs), dtype)
-        for swiglu in (False, True) if strips.parts == 1 else (False,):
-            packed.multiply_strips(x, weights, strips, swiglu=swiglu)
+        for swiglu in (False, True) if few.parts == 1 else (False,):
+            strips.multiply(x, weights, few, swiglu=swiglu)
             for count, of_norm in ((1, dtype), (8, F32)) if rows == 1 else ():
                 parts = mx.zeros((count, *x.shape), dtype if count == 1 else F32)
                 row = dots.Normed(x, parts, count, mx.zeros((inputs,), of_norm), 1e-5)
-                packed.multiply_strips_normed(row, weights, strips, swiglu=swiglu)
+                strips.multiply_normed(row, weights, few, swiglu=swiglu)
     assert compiling.done
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "Q5_1", "IQ4_XS", "halves of Q4_K"])
+@pytest.mark.parametrize("name", FEW_BLOCKS)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=["bf16", "f16"])
 def test_nvidia_s_compiler_takes_tiles_of_blocks(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: mx.Dtype

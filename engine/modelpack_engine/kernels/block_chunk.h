@@ -1,0 +1,53 @@
+  // A chunk of 128 inputs of 16 outputs in a block type (blocks.h), and its products on tensor cores; CUDA only. Lane
+  // (r, c) has the 32 weights from c * 32 on of outputs r and r + 8, and as many inputs of row r of each eight rows.
+  // Sums may have any order, so the tensor cores' inputs 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 are four of these 32.
+  typedef PaBlocks<LOW, HIGH> Codes;
+  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
+  typedef PaScaled<T, ZERO, (TABLE > 0)> Scaled;
+  constexpr int FACTORS = Scales::FACTORS;
+  constexpr int GROUP_BYTES = !SCALED ? 0 : GROUP == 16 || MINS ? 2 : 1;  // of 32 weights
+  struct Chunk {
+    typename Codes::Low low[2];
+    typename Codes::High high[2];
+    unsigned bytes[2];
+    float factor[2], least[2];
+  };
+  PA_SHARED(unsigned, values, 16);  // of a TABLE: the caller waits for the threads that write them
+  if (TABLE && PA_SIMD == 0 && PA_LANE < 16) values[PA_LANE] = pa_pack<T>(pa_value_of<TABLE>(PA_LANE), 0.0f);
+  // Read what a lane has of output r + 8 h, in memory or shared memory.
+  auto read_line = [&](Chunk& chunk, int h, const void* low, const void* high, const H* factors, const void* bytes) {
+    chunk.low[h] = *(const typename Codes::Low*)low;
+    if (HIGH > 0) chunk.high[h] = *(const typename Codes::High*)high;
+    chunk.factor[h] = EXPONENTS ? Scaled::GAIN : float(factors[0]) * Scaled::GAIN;
+    chunk.least[h] = MINS ? float(factors[1]) * Scaled::LOSS : 0.0f;
+    chunk.bytes[h] = GROUP_BYTES == 2 ? *(const unsigned short*)bytes
+                     : GROUP_BYTES == 1 ? *(const unsigned char*)bytes : 0u;
+  };
+  // Add products, divided by Scaled::WHOLE, to those of each eight rows n; row_of(n, e) are inputs at place e.
+  auto multiply_chunk = [&](const Chunk& chunk, auto row_of, auto& acc) {
+    uint4 rows[4];
+    PA_UNROLL for (int e = 0; e < 4; e++) rows[e] = row_of(0, e);
+    Scaled by[2][32 / GROUP];
+    PA_UNROLL for (int h = 0; h < 2; h++) {
+      PA_UNROLL for (int part = 0; part < 32 / GROUP; part++) {
+        by[h][part] = Scaled(Scales::scale(chunk.factor[h], chunk.bytes[h], part),
+                             Scales::offset(chunk.least[h], chunk.bytes[h], part));
+      }
+    }
+    PA_UNROLL for (int e = 0; e < 4; e++) {
+      unsigned numbers[4][2];
+      PA_UNROLL for (int i = 0; i < 4; i++) {
+        PA_UNROLL for (int h = 0; h < 2; h++) {
+          const unsigned two = Codes::pair(chunk.low[h], chunk.high[h], e * 4 + i);
+          numbers[i][h] = by[h][e * 8 / GROUP].weights(TABLE ? values[two & 15u] | values[two >> 16] << 16 : two);
+        }
+      }
+      const unsigned one[4] = {numbers[0][0], numbers[0][1], numbers[1][0], numbers[1][1]};
+      const unsigned two[4] = {numbers[2][0], numbers[2][1], numbers[3][0], numbers[3][1]};
+      PA_UNROLL for (int n = 0; n < int(sizeof(acc) / sizeof(acc[0])); n++) {
+        const uint4 b = n == 0 ? rows[e] : row_of(n, e);
+        pa_mma<T>(acc[n], one, b.x, b.y);
+        pa_mma<T>(acc[n], two, b.z, b.w);
+      }
+    }
+  };

@@ -1,0 +1,239 @@
+"""Matmuls of few rows by strips: what the kernel multiplies, and the kernel on an emulated GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelpack_engine.kernels import launch
+from modelpack_engine.layers import matmul, packed, strips
+from modelpack_engine.layers.blocks import BLOCK_TYPES
+from modelpack_engine.layers.dots import Normed
+from modelpack_engine.layers.strips import Format
+from modelpack_engine.layers.weights import Weights
+from tests.engine.kernels.onhost import Host, emulated
+
+LONG = pytest.mark.long
+BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
+OF_64, Q6_K = Format(4, 64), Format(6, 16, BLOCK_TYPES["Q6_K"])
+
+
+def stored(name: str) -> Format:
+    """Return the format of a block type; that of halves of superblocks if the name is `name/2`."""
+    kind = BLOCK_TYPES[name.removesuffix("/2")]
+    return Format(kind.low + kind.high, kind.group, kind.halved if name.endswith("/2") else kind)
+
+
+def weights(form: Format = OF_64, outputs: int = 48, inputs: int = 512) -> tuple[Weights, mx.array]:
+    """Return weights in bfloat16 with a bias, and what they stand for: [out, in], bias last."""
+    made, full, bias = strips.random_weights_of(BF16, form, (outputs, inputs), biased=True)
+    return made, mx.concatenate([full, bias[:, None]], axis=1)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    with emulated(monkeypatch, strips.verdict) as found:
+        monkeypatch.setattr(launch, "backend", lambda: "cuda")
+        monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
+        yield found
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    monkeypatch.setattr(packed, "has_warpgroups", lambda: True)
+    monkeypatch.setattr(strips, "verdict", lambda *_: None)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("shape", "form", "inputs", "fits"),
+    [
+        ((1, 512), OF_64, 512, True),
+        ((8, 2, 256), OF_64, 512, True),
+        ((9, 512), OF_64, 512, False),
+        ((4, 256), Format(4, 32), 256, True),
+        ((4, 256), OF_64, 256, False),  # a row's scales have no whole copies of 16 bytes
+        ((4, 1024), Format(4, 128), 1024, True),
+        ((4, 512), Format(4, 128), 512, False),
+        ((4, 512), Format(8, 64), 512, True),
+        ((8, 4096), Format(8, 64), 4096, True),
+        ((1, 14336), OF_64, 14336, True),
+        ((1, 14336), Format(8, 64), 14336, True),
+        ((8, 14336), OF_64, 14336, False),  # the rows fit in parts only
+        ((1, 256), Q6_K, 256, True),
+        ((8, 4096), Q6_K, 4096, True),
+        ((1, 11008), Q6_K, 11008, True),
+        ((8, 14336), Q6_K, 14336, False),
+        ((9, 256), Q6_K, 256, False),
+        ((2, 288), stored("IQ4_NL"), 288, False),  # no whole unit
+        ((2, 768), stored("MXFP4"), 768, True),
+    ],
+)
+def test_what_the_kernel_of_strips_multiplies(
+    shape: tuple[int, ...], form: Format, inputs: int, fits: bool
+) -> None:
+    made, _ = weights(form, 8, inputs)
+    x = mx.zeros(shape, BF16)
+    assert (strips.strips_for(x, made) is not None) is fits
+    in_parts = strips.strips_for(x, made, parted=True)
+    assert in_parts is not None or not fits
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("form", [OF_64, Q6_K])
+def test_strips_are_for_hopper_and_for_kernels_that_are_right(
+    monkeypatch: pytest.MonkeyPatch, form: Format
+) -> None:
+    x, (made, _) = mx.zeros((1, 512), BF16), weights(form)
+    monkeypatch.setattr(strips, "verdict", lambda *_: "it is off")
+    assert strips.strips_for(x, made) is None
+    monkeypatch.setattr(strips, "verdict", lambda *_: None)
+    assert strips.strips_for(x, made) is not None
+    for other in (F32, F16):  # of rows, and of a bias
+        assert strips.strips_for(x.astype(other), made) is None
+    monkeypatch.setattr(packed, "has_warpgroups", lambda: False)
+    assert strips.strips_for(x, made) is None
+
+
+@given(
+    rows=st.integers(1, 8), pieces=st.integers(1, 128),
+    form=st.sampled_from(
+        [*(Format(bits, size) for bits in (4, 8) for size in (32, 64, 128)), Q6_K,
+         *map(stored, ("Q2_K", "Q5_1", "Q6_K/2", "MXFP4"))]
+    ),
+)  # fmt: skip
+def test_strips_fit_a_multiprocessor(rows: int, pieces: int, form: Format) -> None:
+    inputs = pieces * form.step
+    found = strips.plan(rows, inputs, form, parted=True)
+    if found is None:
+        return
+    units, least = inputs // found.parts // 256, form.step // 256
+    assert inputs % (found.parts * 256) == 0
+    assert found.rows >= rows
+    assert found.stages >= 2
+    assert found.shared_bytes * (found.blocks * found.parts // 132 or 1) <= 227 << 10
+    # All stages of a strip, and a shorter last one, are whole copies; no warp has nothing to do.
+    assert found.warps % least == units % least == 0
+    assert found.warps <= min(units, 16)
+    assert found.threads <= 576  # as kernels/bounds.h declares
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("dtype", "group_size"), [(BF16, 64), (BF16, 32), (F16, 128), (F16, 64)])
+def test_strips_agree_with_mlx(
+    host: Host, dtype: mx.Dtype, group_size: int, bits: int, rows: int
+) -> None:
+    biased = group_size != 64
+    assert strips.verdict(dtype, Format(bits, group_size), rows, biased) is None
+    calls = [call for _, call in host.calls]
+    assert {(call["BITS"], call["BIAS"]) for call in calls} == {(bits, biased)}
+    assert max(call["STRIDE"] for call in calls) < 21  # blocks compute several strips
+    assert {call["ROWS"] for call in calls} == {rows}
+    shorter = [call["D"] // 256 % call["WARPS"] for call in calls]
+    assert any(shorter) is (rows <= 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "rows"),
+    [
+        pytest.param(name, dtype, rows, marks=[] if (name, rows) == ("Q6_K", 1) else LONG)
+        for name in (*sorted(BLOCK_TYPES), "Q4_K/2", "Q6_K/2")
+        for dtype, rows in ((BF16, 1), (F16, 1), (BF16, 2), (F16, 4), (BF16, 8))
+    ],
+)
+def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int) -> None:
+    biased = dtype == F16
+    assert strips.verdict(dtype, stored(name), rows, biased) is None
+    assert {(body, call["BIAS"]) for body, call in host.calls} == {("block_strips", biased)}
+    assert max(call["STRIDE"] for _, call in host.calls) < 21
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("form", "rows", "wrong", "problem"),
+    [
+        (OF_64, 8, ("* Pairs::WHOLE", ""), "the product of 8 rows is off"),
+        (OF_64, 8, ("BITS == 8 ? v.y : v.z", "v.y"), "the product of 8 rows is off"),
+        (OF_64, 8, ("r % ROWS) * 4 + c", "r % ROWS) * 4"), "the product of 8 rows is off"),
+        (Format(8, 64), 8, ("e * 2 + p / 2", "e * 2"), "the product of 8 rows is off"),
+        (Format(8, 64), 2, ("p % 2 : p", "0 : p"), "the product of 2 rows is off"),
+        (
+            OF_64,
+            1,
+            ("item / SPLIT * STRIDE;\n    float", "0;\n    float"),
+            "the product of 1 rows is off",
+        ),
+        (OF_64, 4, ("PA_Z * D + first * UNIT", "first * UNIT"), "the sum of parts is off"),
+        (Format(8, 64), 1, ("PARTS; part++", "1; part++"), "the product of a norm is off"),
+        (Q6_K, 1, ("value *= FACTOR, up *= FACTOR;", ""), "the product of 1 rows is off"),
+        (Q6_K, 1, ("first_factor(first) % 16", "0"), "the product of 1 rows is off"),
+        (stored("Q5_K"), 1, ("read_line(chunk, h, ", "read_line(chunk, 0, "), "the product of 1"),
+        (stored("Q5_K"), 8, ("eight(eight / 4, eight % 4)", "eight(0, eight)"), "the product of 8"),
+        (stored("IQ4_XS"), 2, ("eight / 4 % 4", "eight % 4"), "the product of 2 rows is off"),
+    ],
+)
+def test_the_verdict_names_wrong_strips(
+    host: Host, form: Format, rows: int, wrong: tuple[str, str], problem: str
+) -> None:
+    edited = []
+
+    def broken(_: str, text: str) -> str:
+        edited.append(wrong[0] in text)
+        return text.replace(*wrong)
+
+    host.break_by(broken)
+    assert str(strips.verdict(BF16, form, rows, True)).startswith(problem)
+    assert any(edited)
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "body"),
+    [
+        pytest.param(form, rows, body, marks=[] if rows == 3 else LONG)
+        for form, body in ((OF_64, "packed_strips"), (Format(8, 64), "packed_strips"),
+                           (Q6_K, "block_strips"))
+        for rows in (1, 3, 8)
+    ],
+)  # fmt: skip
+def test_layers_multiply_few_rows_by_strips(
+    host: Host, monkeypatch: pytest.MonkeyPatch, form: Format, rows: int, body: Any
+) -> None:
+    monkeypatch.setattr(strips, "verdict", lambda *_: None)
+    made, full = weights(form)
+    x = (mx.random.normal((rows, 512), key=mx.random.key(1)) / 16).astype(BF16)
+    expected = x.astype(F32) @ full[:, :-1].T + full[:, -1]
+    gate, up = mx.split(expected, 2, axis=1)
+    parts = matmul.multiply_in_parts(x[:, None], made)
+    total = parts.array if parts.count == 1 else parts.array.sum(axis=0)
+    for found, wanted in (
+        (matmul.multiply(x, made), expected),
+        (total, expected),
+        (matmul.swiglu(x, made), gate * mx.sigmoid(gate) * up),
+    ):
+        np.testing.assert_allclose(found.astype(F32), wanted, rtol=0.03, atol=0.03)
+    assert {name for name, _ in host.calls} == {body}
+
+
+def test_a_row_of_block_types_is_normed_by_its_matmul(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strips, "verdict", lambda *_: None)
+    made, full = weights(Q6_K)
+    a, b = (mx.random.normal((1, 512), key=mx.random.key(key)).astype(BF16) for key in (1, 2))
+    norm = mx.random.uniform(0.5, 1.5, (512,), key=mx.random.key(3)).astype(BF16)
+    found = matmul.multiply_normed(Normed(a, b, 1, norm, 1e-5), made)
+    assert found is not None
+    x = mx.fast.rms_norm(a + b, norm, 1e-5).astype(F32)
+    expected = x @ full[:, :-1].T + full[:, -1]
+    np.testing.assert_allclose(found[0].astype(F32), expected, rtol=0.02, atol=0.02)
+    np.testing.assert_array_equal(found[1].astype(F32), (a + b).astype(F32))
+    assert [name for name, _ in host.calls] == ["block_strips"]
