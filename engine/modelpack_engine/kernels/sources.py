@@ -234,6 +234,8 @@ def kernel_source(
         headers.append("order")
     if body.startswith("block_"):
         headers.append("blocks")
+    if body in ("packed_strips", "block_strips"):
+        headers.append("bounds")
     outputs = tuple(name for name in OUTPUTS[body] if name not in absent)
     before = "".join(ABSENT[name] for name in absent)
     if body in ("decode", "prefill") and not split:
