@@ -427,6 +427,11 @@ class StepInputs:
 
     # Decode rows.
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether kernels attend from all rows, of which each is the only one of its sequence."""
+        return not self.exact and not self.chunks and self.tiles is None
+
     def decode_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""
         return self.remember("rows", self._make_decode_rows)

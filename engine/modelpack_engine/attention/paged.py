@@ -148,7 +148,7 @@ class PagedKV:
         """
         self._open = False
         step = self.step
-        how = _How(scale, self._seen(window), sinks, softcap, key_dtype)
+        how = _How(scale, self.seen(window), sinks, softcap, key_dtype)
         outputs: list[mx.array] = []
         if step.num_decode:
             rows, pe = (_first(a, step.num_decode) for a in (queries, query_pe))
@@ -176,7 +176,7 @@ class PagedKV:
             outputs.append(mx.zeros(shape, outputs[0].dtype))
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
-    def _seen(self, window: int | None) -> int | None:
+    def seen(self, window: int | None) -> int | None:
         """Return the window of a row if the model requests `window`.
 
         The request may exceed the cache's window: in mlx-lm, prompt tokens may see more than that.
@@ -192,7 +192,7 @@ class PagedKV:
         step = self.step
         if step.exact or step.chunks:
             return self.attend(queries[:, :, None], scale=scale, window=window)[:, :, 0]
-        how = _How(scale, self._seen(window), None, None, None)
+        how = _How(scale, self.seen(window), None, None, None)
         if step.tiles is None:
             return self._decode_rows(queries, None, *step.decode_rows(), how)
         of_tiles = self._attend_tiles(queries[step.num_decode :], None, step.tiles, how)
@@ -334,7 +334,7 @@ class KVReader:
     ) -> mx.array:
         """Return [rows, heads, 1, value dim] of `queries` [rows, heads, 1, dim]."""
         kv = self.kv
-        window = kv._seen(window or kv.layout.window)
+        window = kv.seen(window or kv.layout.window)
         how = _How(scale, window, sinks, softcap, key_dtype)
         if self._rows is not None:
             return kv._decode(queries, query_pe, *self._rows, how)

@@ -10,8 +10,11 @@
   //   params [3] float: factors of q, of q_more, and of a score after tanh
   //   out [B, HK*G, DV] O, or with SPLIT: out [B, HK*G, parts, DV] O, not yet divided, and
   //   stats [B, HK*G, parts, 2] float: maximum and sum
+  // With PA_ROTATES, see rotate_decode.h.
   PA_LET_NEXT_START();
+#ifndef PA_ROTATES
   PA_WAIT_FOR_BEFORE();
+#endif
   constexpr int D = DK + DX, TPW = 32 / LPT, CHUNK = TPW * STEPS, TURN = NSG * CHUNK, THREADS = NSG * 32;
   constexpr int KN = (D / VEC + LPT - 1) / LPT, VN = (DV / VEC + LPT - 1) / LPT;
   constexpr int GROUPS = (G + HEADS - 1) / HEADS;
@@ -45,8 +48,23 @@
     if (end > start + share) end = start + share;
   }
 
+  const int last = end > 0 ? end - 1 : 0;
+
   // The query rows, scaled, in the order in which the lanes will want them.
   PA_SHARED(QVec, queries, HEADS * QROW);
+#ifdef PA_ROTATES
+  // The row's own key and value, and the angles of a lane's pairs: none depends on the kernel before.
+  PA_SHARED(Vec, own_key, DK / VEC);
+  PA_SHARED(Vec, own_value, DV / VEC);
+  const int own_token = context_lens[row] - 1, slot = slots[row];
+  float cosines[EACH], sines[EACH];
+  PA_UNROLL for (int n = 0; n < EACH; n++) {
+    const int run = n * 32 + lane;
+    const float angle = float(positions[row]) * (run < TURNED ? inverse[run] : 0.0f);
+    cosines[n] = PA_COS(angle) * pa_float(FACTOR);
+    sines[n] = PA_SIN(angle) * pa_float(FACTOR);
+  }
+#else
   for (int x = index; x < HEADS * QROW * QV; x += THREADS) {
     const int g = x / (QROW * QV), y = x % (QROW * QV);  // y: (vector, quarter, lane, element)
     const int piece = y / (LPT * QV), l = y / QV % LPT, e = y % QV;
@@ -59,6 +77,7 @@
     queries[g * QROW + piece * LPT + l].e[e] = value;
   }
   PA_SYNC();
+#endif
 
   float most[HEADS], sum[HEADS], acc[HEADS][VN * VEC];
   PA_UNROLL for (int g = 0; g < HEADS; g++) {
@@ -69,7 +88,11 @@
 
   int base = start + group * CHUNK;
   int block = base < end ? block_tables[(size_t)row * width + base / BLOCK] : 0;
+#ifdef PA_ROTATES
+  for (bool first = true; first || base < end; first = false, base += TURN) {
+#else
   for (; base < end; base += TURN) {
+#endif
     const int ahead = base + TURN;
     const int next = ahead < end ? block_tables[(size_t)row * width + ahead / BLOCK] : 0;
     Vec k_read[STEPS][KN], v_read[STEPS][VN];
@@ -77,7 +100,7 @@
     float bias[STEPS];  // far below every score where there is no token to attend to
     PA_UNROLL for (int u = 0; u < STEPS; u++) {
       const int wanted = base + u * TPW + sub;
-      const int token = wanted < low ? low : wanted < end ? wanted : end - 1;
+      const int token = wanted < low ? low : wanted < end ? wanted : last;
       bias[u] = token == wanted ? 0.0f : 4.0f * LOWEST;
       const size_t slot = (size_t)block * BLOCK + token % BLOCK;
       const PA_DEVICE P* k_row = k_pool + slot * KROW;
@@ -102,6 +125,84 @@
         }
       }
     }
+#ifdef PA_ROTATES
+    if (first) {
+      PA_WAIT_FOR_BEFORE();
+      constexpr int WIDTH = HK * (G + 2 - OWN_VALUES);
+      const size_t joint_size = (size_t)positions_shape[0] * WIDTH * DK;
+      PA_UNROLL for (int turn = 0; turn < HEADS + 2; turn += NSG) {
+        const int head = turn + group, kind = head < HEADS ? 0 : head - HEADS + 1;  // query, key, value
+        const bool from_values = OWN_VALUES && kind == 2, there = kind < 3;
+        const int column = kind == 0 ? kv_head * G + first_head + head : HK * (G + kind - 1) + kv_head;
+        const PA_DEVICE J* from = joint + ((size_t)row * WIDTH + (there && !from_values ? column : 0)) * DK;
+        float x[EACH][2];
+        int begin[EACH], second[EACH];
+        float squares = 0.0f;
+        PA_UNROLL for (int n = 0; n < EACH; n++) {
+          const int run = n * 32 + lane;
+          const bool apart = run < TURNED && !INTERLEAVED;
+          begin[n] = run >= RUNS ? 0 : apart ? run : run * 2;
+          second[n] = begin[n] + (apart ? TURNED : 1);
+          x[n][0] = x[n][1] = 0.0f;
+          if (from_values) {
+            const PA_DEVICE A* value = values + ((size_t)row * HK + kv_head) * DK;
+            x[n][0] = float(value[begin[n]]);
+            x[n][1] = float(value[second[n]]);
+          } else {
+            PA_UNROLL for (int p = 0; p < PARTS; p++) {
+              x[n][0] += float(from[p * joint_size + begin[n]]);
+              x[n][1] += float(from[p * joint_size + second[n]]);
+            }
+          }
+          PA_UNROLL for (int e = 0; e < 2; e++) {  // round as a separate matmul would
+            x[n][e] = run < RUNS ? float(T(x[n][e])) : 0.0f;
+            squares += x[n][e] * x[n][e];
+          }
+        }
+        if (QKNORM) {
+          PA_UNROLL for (int mask = 16; mask > 0; mask /= 2) squares += PA_XOR(squares, mask);
+          const float factor = PA_RSQRT(squares / DK + pa_float(EPSILON));
+          const PA_DEVICE W* weight = kind == 0 ? q_weight : k_weight;
+          PA_UNROLL for (int n = 0; n < EACH; n++) {
+            PA_UNROLL for (int e = 0; e < 2; e++) {
+              if (kind < 2) x[n][e] = float(T(x[n][e] * factor * float(weight[e ? second[n] : begin[n]])));
+            }
+          }
+        }
+        PA_UNROLL for (int n = 0; n < EACH; n++) {
+          const int run = n * 32 + lane;
+          if (kind < 2 && run < TURNED) {
+            const float before = x[n][0];
+            x[n][0] = before * cosines[n] - x[n][1] * sines[n];
+            x[n][1] = before * sines[n] + x[n][1] * cosines[n];
+          }
+          PA_UNROLL for (int e = 0; e < 2; e++) {
+            const int d = e ? second[n] : begin[n], vector = d / VEC, within = d % VEC;
+            const float value = float(T(x[n][e]));
+            if (run < RUNS && kind == 0) {
+              const int piece = vector / LPT * (VEC / QV) + within / QV;
+              queries[head * QROW + piece * LPT + vector % LPT].e[within % QV] = value * params[0];
+            }
+            if (run < RUNS && kind == 1) own_key[vector].e[within] = P(value);
+            if (run < RUNS && kind == 2) own_value[vector].e[within] = P(value);
+          }
+        }
+      }
+      PA_SYNC();
+      // One of the threadgroups with the row's own token writes it.
+      if (PA_X % GROUPS == 0 && slot >= 0 && start <= own_token && own_token < end && index < DK / VEC) {
+        ((PA_DEVICE Vec*)((PA_DEVICE P*)k_pool + (size_t)slot * KROW + kv_head * KHEAD))[index] = own_key[index];
+        ((PA_DEVICE Vec*)((PA_DEVICE P*)v_pool + (size_t)slot * VROW + kv_head * VHEAD))[index] = own_value[index];
+      }
+      if (PA_X == 0 && row == 0 && part == 0 && index == 0) token[0] = 0;
+    }
+    PA_UNROLL for (int u = 0; u < STEPS; u++) {
+      if (base + u * TPW + sub >= own_token) {  // also where there is no token: no others' numbers
+        PA_UNROLL for (int i = 0; i < KN; i++) k_read[u][i] = own_key[i * LPT + at];
+        PA_UNROLL for (int i = 0; i < VN; i++) v_read[u][i] = own_value[i * LPT + at];
+      }
+    }
+#endif
     Wide keys[STEPS][KN], values[STEPS][VN];
     PA_UNROLL for (int u = 0; u < STEPS; u++) {
       PA_UNROLL for (int i = 0; i < KN; i++) {

@@ -28,7 +28,9 @@ from modelpack_engine.kernels.sources import Body, KernelSource
 _ORDER = frozenset({"previous", "written"})
 #: Kernels that write into their inputs' memory, or the host's, so that no output says so. Those of
 #: recurrent layers write states there, but a step also needs their outputs.
-_WRITE_ELSEWHERE: frozenset[str] = frozenset({"write", "quantise", "rotate", "deliver"})
+_WRITE_ELSEWHERE: frozenset[str] = frozenset(
+    {"write", "quantise", "rotate", "rotate_decode", "deliver"}
+)
 _ALIGNMENT = 256
 #: The address of an array that is not kept in memory.
 _NOWHERE = 0

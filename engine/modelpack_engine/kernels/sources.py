@@ -20,7 +20,8 @@ from typing import Literal
 
 Backend = Literal["metal", "cuda", "none"]
 Body = Literal[
-    "decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm", "swiglu", "rows",
+    "decode", "rotate_decode", "merge", "write", "quantise", "prefill", "rotate", "add_norm",
+    "swiglu", "rows",
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide", "packed_strips",
     "packed_wide", "arrange", "add_norm_arranged", "dots", "deliver", "packed_row", "block_dots",
@@ -34,6 +35,10 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "decode": (
         "q", "q_more", "k_pool", "v_pool", "block_tables", "context_lens", "sinks", "params",
         "written",
+    ),
+    "rotate_decode": (
+        "joint", "values", "positions", "slots", "inverse", "q_weight", "k_weight", "k_pool",
+        "v_pool", "block_tables", "context_lens", "sinks", "params", "previous",
     ),
     "merge": ("partial", "stats", "sinks"),
     "write": ("k", "v", "k_pool", "v_pool", "slots", "previous"),
@@ -110,6 +115,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
 }  # fmt: skip
 OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "decode": ("out", "stats"),
+    "rotate_decode": ("out", "token", "stats"),
     "write": ("token",),
     "quantise": ("token",),
     "prefill": ("out", "stats"),
@@ -167,6 +173,7 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "expand_wide": ("chunks", "expand_wide"),
     "delta_wide": ("delta_rule", "delta_wide"),
     "packed_strips": ("packed_strips", "strips"),
+    "rotate_decode": ("rotate_decode", "decode"),
     "block_tiles": ("block_chunk", "block_tiles"),
     "block_strips": ("block_chunk", "block_strips", "strips"),
 }
@@ -238,8 +245,8 @@ def kernel_source(
         headers.append("bounds")
     outputs = tuple(name for name in OUTPUTS[body] if name not in absent)
     before = "".join(ABSENT[name] for name in absent)
-    if body in ("decode", "prefill") and not split:
-        outputs = outputs[:1]
+    if body in ("decode", "prefill", "rotate_decode") and not split:
+        outputs = tuple(name for name in outputs if name != "stats")
         before = "PA_DEVICE float* stats = nullptr;\n"
     header = "".join(map(text, headers))
     source = text(backend) + before + body_text(body)

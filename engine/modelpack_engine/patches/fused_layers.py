@@ -35,7 +35,7 @@ from modelpack_engine.attention.cache_handle import RowMask
 from modelpack_engine.attention.kv_pools import TokenMajorPools
 from modelpack_engine.attention.metadata import JointLayers, StepInputs
 from modelpack_engine.attention.paged import PagedKV
-from modelpack_engine.layers import adapters, dots, expert_kernels, kernels
+from modelpack_engine.layers import adapters, dots, expert_kernels, kernels, rotated_attention
 from modelpack_engine.layers.adapters import RowAdapters
 from modelpack_engine.layers.add_norm import Sums
 from modelpack_engine.layers.blocks import BlockSwitchLinear
@@ -408,8 +408,17 @@ def _fuse_attention(
             rows = Parts(whole_rows(x, joint, of_heads, sums, step), 1)
         else:
             rows = sums.multiply(x, joint)
+        values = None if of_values is None else whole_rows(x, *of_values, sums, step)
         window = mask.window if isinstance(mask, RowMask) else None
         angles, axes = None, [axis.rows for axis in step.positions.axes]
+        if not gated and not axes and step.only_decodes:
+            found = rotated_attention.attend(
+                rows.array, rows.count, x.dtype, pools, step.positions.rows, step.slots, rotation,
+                heads, norms, *step.decode_rows(),
+                scale=scale, window=cache.seen(window), block_size=step.block_size, values=values,
+            )  # fmt: skip
+            if found is not None:
+                return project(found, output, x, sums, of_output, step)
         if axes and axis_of is not None:
             angles = step.remember(
                 ("angles", id(rotation)), partial(rotation.angles_by_axes, axes, axis_of)
@@ -421,8 +430,7 @@ def _fuse_attention(
             )
         q = kernels.rotate_and_write(
             rows.array, rows.count, x.dtype, pools, step.positions.rows, step.slots, rotation,
-            heads, norms, angles, gated=gated,
-            values=None if of_values is None else whole_rows(x, *of_values, sums, step),
+            heads, norms, angles, gated=gated, values=values,
         )  # fmt: skip
         out = cache.attend_rows(q, scale=scale, window=window)
         if gated:

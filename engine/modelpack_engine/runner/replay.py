@@ -100,16 +100,18 @@ _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloa
 #: The arrays that one kernel takes the addresses of.
 _AT_ONCE = 8
 #: Kernels that may start while the one before runs: they wait for its end themselves. The first
-#: four read weights until then.
+#: four read weights until then, and `rotate_decode` what no kernel of the step writes.
 EARLY: frozenset[str] = frozenset(
     (
         "packed_strips", "packed_wide", "block_tiles", "block_strips", "arrange", "rotate",
-        "decode", "merge", "add_norm", "add_norm_arranged",
+        "decode", "rotate_decode", "merge", "add_norm", "add_norm_arranged",
     )
 )  # fmt: skip
 #: Kernels that may start while this one before runs, and read all but what it writes before they
 #: wait for its end. It is never launched early itself: all before it has ended when it starts.
 EARLY_AFTER = {"adapters": "product", "adapters_norm": "product", "expand_wide": "shrink_wide"}
+#: What `rotate_decode` reads after it has waited, and what only orders it.
+_READ_LATER = frozenset({"joint", "values", "previous"})
 #: The last numbers of a step: the addresses of its tokens and of its draft.
 _NUM_HALVES = 8
 
@@ -131,6 +133,14 @@ def addresses(arrays: Sequence[mx.array], *, starts: bool = False) -> list[int]:
     halves = np.array(mx.concatenate(found) if found else mx.zeros((0,), mx.int32))
     known = dict(zip(unique, halves.view(np.uint64).tolist(), strict=False))
     return [known[id(array)] if array.size else 0 for array in arrays]
+
+
+def may_read_early(note: Note, reads: Sequence[int | Output]) -> bool:
+    """Return whether no kernel of the step writes what this one reads before it waits."""
+    if note.body != "rotate_decode":
+        return True
+    inputs = zip(note.source.inputs, reads, strict=True)
+    return all(isinstance(read, int) or name in _READ_LATER for name, read in inputs)
 
 
 def launched_early(
@@ -949,7 +959,11 @@ class Replays:
             calls.append(self._call(note, reads, writes))
         capability = int(mx.device_info().get("compute_capability_major", 0))
         if capability >= 9:  # kernels of others cannot wait
-            calls = launched_early([note.body for note in recording.notes], calls)
+            bodies = [
+                note.body if may_read_early(note, reads) else ""
+                for note, reads in zip(recording.notes, recording.reads, strict=True)
+            ]
+            calls = launched_early(bodies, calls)
         handle = self.driver.make_graph(calls, self._stream)
         return _Graph(handle, list(kept.values()), embedded)
 

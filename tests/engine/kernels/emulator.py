@@ -179,7 +179,7 @@ RECURRENT: tuple[Body, ...] = (
 def _changed(body: Body) -> tuple[str, ...]:
     return (
         *OUTPUTS[body],
-        *(("k_pool", "v_pool") if body in ("write", "quantise", "rotate") else ()),
+        *(("k_pool", "v_pool") if body in ("write", "quantise", "rotate", "rotate_decode") else ()),
         *(("state", "pool") if body in RECURRENT else ()),
     )
 
@@ -211,7 +211,7 @@ def _definitions(instances: Sequence[Instance], edit: Edit) -> list[str]:
                 "pa_emu = &emu;" if body in ON_TENSOR_CORES else "",
                 *(edit(part, text(part)) for part in PARTS.get(body, (body,))),
                 "}",
-                *(f"#undef {name}" for name in ("PA_CHUNKS", "PA_EXPANDED")),
+                *(f"#undef {name}" for name in ("PA_CHUNKS", "PA_EXPANDED", "PA_ROTATES")),
             ]
     return lines
 

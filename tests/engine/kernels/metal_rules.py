@@ -54,7 +54,7 @@ def judge(
         text = text.replace(*edit)
     spaces = dict.fromkeys(source.inputs, "device") | dict.fromkeys(constant, "constant")
     arguments = argument_list(body, spaces, shape_type="const constant int*", output_space="device")
-    if body == "decode" and not split:
+    if body in ("decode", "rotate_decode") and not split:
         arguments = arguments.replace(", device float* stats", "")
     attributes = [f"{kind} {name}" for name, kind in _ATTRIBUTES.items() if name in text]
     lines = [(STUBS / "opencl.h").read_text(), source.header]

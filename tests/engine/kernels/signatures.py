@@ -32,6 +32,12 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "q_weight": "W", "k_weight": "W", "k_pool": "P", "v_pool": "P", "previous": "int",
         "q": "T", "token": "int",
     },
+    "rotate_decode": {
+        "joint": "J", "values": "A", "positions": "int", "slots": "int", "inverse": "float",
+        "q_weight": "W", "k_weight": "W", "k_pool": "P", "v_pool": "P", "block_tables": "int",
+        "context_lens": "int", "sinks": "S", "params": "float", "previous": "int", "out": "O",
+        "token": "int", "stats": "float",
+    },
     "add_norm": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
     "add_norm_arranged": {"a": "T", "b": "B", "weight": "W", "total": "T", "out": "T"},
     "norm_beside": {

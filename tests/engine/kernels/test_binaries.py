@@ -41,6 +41,7 @@ from modelpack_engine.layers import (
     matmul,
     packed,
     packed_wide,
+    rotated_attention,
     state_space,
     strips,
 )
@@ -348,6 +349,15 @@ FEW_BLOCKS = ["Q2_K", "Q6_K", "Q5_1", "IQ4_XS", "halves of Q4_K"]
 PLACE = delivery.Place(np.zeros(0, np.int32), mx.zeros((4,), mx.int32))
 CALLS: dict[str, Callable[[], object]] = {
     "decode": lambda: operations.probe_decode(LLAMA, "cuda", BF16, BF16),
+    "rotate_decode": lambda: rotated_attention._compare(
+        LLAMA, rotated_attention.Kind(BF16, BF16, 1, BF16, LLAMA.key_dim, interleaved=False)
+    ),
+    "rotate_decode, norms": lambda: rotated_attention._compare(
+        LLAMA,
+        rotated_attention.Kind(
+            F16, F32, 2, F16, LLAMA.key_dim, interleaved=True, norms=F16, values=F16
+        ),
+    ),
     "decode, half": lambda: operations.probe_decode(LLAMA, "cuda", F16, F16),
     "decode, sinks": lambda: operations.probe_decode(SINKS, "cuda", F32, BF16),
     "decode, latent": lambda: operations.probe_decode(LATENT, "cuda", BF16, BF16),

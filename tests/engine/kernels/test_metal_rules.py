@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from modelpack_engine.kernels.plan import MAX_SHARED_BYTES
+from modelpack_engine.kernels.plan import MAX_SHARED_BYTES, AttentionShape, plan_decode
 from modelpack_engine.kernels.quantised import Quantisation
 from modelpack_engine.kernels.sources import Body
 from modelpack_engine.layers.blocks import BLOCK_TYPES
@@ -221,6 +221,7 @@ BLOCKS = [
 #: Inputs that can have fewer than 8 elements: MLX puts them into `constant`, one by one.
 SMALL: dict[Body, tuple[str, ...]] = {
     "decode": ("block_tables", "context_lens", "sinks"),
+    "rotate_decode": ("positions", "slots", "inverse", "block_tables", "context_lens"),
     "merge": ("stats", "sinks"),
     "write": ("slots",),
     "quantise": ("slots",),
@@ -256,7 +257,27 @@ TINY: dict[Body, tuple[str, ...]] = {
     "write": ("previous",),
     "quantise": ("previous",),
     "rotate": ("previous",),
+    "rotate_decode": ("params", "sinks", "previous"),
 }
+#: Rows of Llama's shape, and rows with norms, parts of sums, and values of another matmul.
+ROTATED = [
+    Instance(
+        "rotate_decode",
+        (
+            *BF16, ("J", joint), ("A", "bfloat16_t"), ("P", "bfloat16_t"), ("W", "float"),
+            ("S", "float"), ("O", out),
+        ),
+        (
+            *plan_decode(AttentionShape(16, 4, 128, 128), 2, 4, 4096, parts).constants,
+            ("DIMS", dims), ("INTERLEAVED", interleaved), ("QKNORM", norm), ("PARTS", count),
+            ("OWN_VALUES", own_values), ("EPSILON", 0x3727C5AC), ("FACTOR", 0x3F800000),
+        ),
+    )
+    for joint, out, parts, dims, interleaved, norm, count, own_values in (
+        ("bfloat16_t", "bfloat16_t", 1, 128, False, False, 1, False),
+        ("float", "float", 4, 64, True, True, 4, True),
+    )
+]  # fmt: skip
 INSTANCES = [
     *dict.fromkeys(instance for case in CASES for instance in case.instances),
     write_instance(64, 32, rows="float", pool="bfloat16_t"),
@@ -267,6 +288,7 @@ INSTANCES = [
     draw_instance(50257),
     greedy_instance(128256),
     greedy_instance(50257),
+    *ROTATED,
     *FUSED,
     *MIXTURES,
     *ADAPTERS,

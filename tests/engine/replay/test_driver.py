@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from modelpack_engine.kernels.sources import OUTPUTS, Body, body_text
+from modelpack_engine.kernels.recording import Note, Output
+from modelpack_engine.kernels.sources import OUTPUTS, Body, body_text, kernel_source
 from modelpack_engine.platform.driver import (
     Driver,
     DriverError,
@@ -20,7 +21,7 @@ from modelpack_engine.platform.driver import (
     pointer_bytes,
     shape_bytes,
 )
-from modelpack_engine.runner.replay import EARLY, EARLY_AFTER, launched_early
+from modelpack_engine.runner.replay import EARLY, EARLY_AFTER, launched_early, may_read_early
 
 #: Functions whose first argument is where a handle goes.
 MAKERS = {
@@ -130,6 +131,8 @@ def test_kernels_that_wait_are_launched_early_after_kernels() -> None:
 def test_kernels_that_are_launched_early_wait(body: Body) -> None:
     statements = [line.partition("//")[0].strip() for line in body_text(body).splitlines()]
     code = [line for line in statements if line and not line.startswith("#")]
+    if body == "rotate_decode":  # the one that does not rotate waits at once
+        code.remove("PA_WAIT_FOR_BEFORE();")
     wait = code.index("if (!EXPERTS) " * (body == "block_tiles") + "PA_WAIT_FOR_BEFORE();")
     before = " ".join(code[:wait])
     if body in (
@@ -145,8 +148,25 @@ def test_kernels_that_are_launched_early_wait(body: Body) -> None:
     elif body == "block_tiles":  # the same; spans of experts are read after a wait of their own
         assert not any(name in before for name in ("x)", "source[", "bias[", "out["))
         assert "spans[" not in before.partition("if (EXPERTS) PA_WAIT_FOR_BEFORE();")[0]
+    elif body == "rotate_decode":  # what earlier steps wrote, and numbers of this step
+        before = before.replace("q[(heads_before", "")  # of the other
+        names = ("joint", "values[", "q_weight[", "out[", "token[", "stats[", "(PA_DEVICE P*)")
+        assert not any(name in before.partition("typedef")[2] for name in names)
     else:
         assert wait == code.index("PA_LET_NEXT_START();") + 1 == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "early"),
+    [("joint", True), ("values", True), ("previous", True), ("context_lens", False),
+     ("block_tables", False), ("slots", False), ("k_pool", False)],
+)  # fmt: skip
+def test_attention_reads_early_what_no_kernel_of_the_step_writes(name: str, early: bool) -> None:
+    source = kernel_source("rotate_decode", "cuda")
+    note = Note("rotate_decode", source, [], [], [], [], (1, 1, 1), (1, 1, 1), 0)
+    reads = [Output(0, 0) if each == name else 256 for each in source.inputs]
+    assert may_read_early(note, reads) is early
+    assert may_read_early(replace(note, body="decode"), reads)
 
 
 @pytest.mark.parametrize("body", sorted(EARLY_AFTER))

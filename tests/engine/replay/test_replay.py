@@ -196,7 +196,7 @@ def test_values_of_another_type_are_recorded(driver: FakeDriver) -> None:
     assert SCENARIOS["batches"](make()) == wanted
     assert driver.num_launches == 7
     rotations = [dict(call.note.template) for calls in driver.graphs.values() for call in calls
-                 if call.note.body == "rotate"]  # fmt: skip
+                 if call.note.body == "rotate_decode"]  # fmt: skip
     assert rotations
     assert all(each["OWN_VALUES"] for each in rotations)
 
