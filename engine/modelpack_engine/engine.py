@@ -202,6 +202,8 @@ class Engine(BaseEngine):
         )
         if self._speculator is not None:
             self._restoring.callback(self._speculator.close)
+            if isinstance(self._runner, PagedRunner):
+                self._runner.expect_proposals()
         self._replays: Replays | None = None
         # What else writes to the pools, or reads hidden states, runs by MLX.
         speculates = self._speculator is not None and not self._speculator.may_replay

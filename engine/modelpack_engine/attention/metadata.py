@@ -287,6 +287,9 @@ class StepInputs:
         self.slots = self.sample_rows = mx.zeros((0,), mx.int32)
         self.active = self.all_rows_sampled = self.rows_taken = False
         self.crosses = False  # whether rows attend to pictures outside of the KV cache
+        #: Whether steps may have proposals: all are then laid out alike.
+        self.proposes = False
+        self._alone = False  # whether no two decode rows are of one sequence
         #: Whether layers compute all rows although few are sampled.
         self.keeps_rows = False
         self.tiles: Tiles | None = None
@@ -333,6 +336,7 @@ class StepInputs:
         self.segments = None
         self.decode_seq_ids = tuple(batch.decode_seq_ids)
         self.chunks = tuple(batch.chunks)
+        self._alone = not batch.has_proposals
         self._tables, self.lengths = batch.decode_tables, batch.decode_lengths
         self._padded_tables = batch.padded_tables
         self._memo = {}
@@ -340,6 +344,7 @@ class StepInputs:
     def _follow(self, leader: StepInputs, batch: StepBatch) -> None:
         """Begin the same step as `leader`, with the slots and tables of `batch`."""
         self._begin_tables(batch)
+        self.proposes = leader.proposes
         self.positions, self.sample_rows = leader.positions, leader.sample_rows
         if self.exact:
             self.slots = mx.array(batch.slots, mx.int32)
@@ -356,14 +361,17 @@ class StepInputs:
         decode: tuple[mx.array, mx.array],
         sample_rows: mx.array | None,
         tiles: Tiles | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Begin a step of `decode` rows: their block tables, int32 [rows, width], and lengths.
 
-        The rows after them are those of `tiles`. `sample_rows` None stands for all rows.
+        The rows after them are those of `tiles`. `sample_rows` None stands for all rows. If rows
+        are `alone`, no two of `decode` are of one sequence.
         `rotations` are the rotary positions [axes, rows], with one axis or, for M-RoPE, three.
         """
         self.num_rows, self.num_decode = rotations.shape[1], decode[0].shape[0]
-        self.tiles = tiles
+        self.tiles, self._alone = tiles, alone
         self.decode_seq_ids, self.chunks = (), ()
         self._tables, self.lengths = [], []
         self._memo = {"rows": decode}
@@ -387,7 +395,8 @@ class StepInputs:
     ) -> None:
         """Begin the step that `begin_rows` of `leader` began, with other slots and tables."""
         rows = None if leader.all_rows_sampled else leader.sample_rows
-        self.begin_rows(leader.positions[None], slots, decode, rows, tiles)
+        alone = leader._alone and not leader.proposes
+        self.begin_rows(leader.positions[None], slots, decode, rows, tiles, alone=alone)
         self.positions = leader.positions
 
     @property
@@ -428,9 +437,10 @@ class StepInputs:
     # Decode rows.
 
     @property
-    def only_decodes(self) -> bool:
+    def rows_alone(self) -> bool:
         """Whether kernels attend from all rows, of which each is the only one of its sequence."""
-        return not self.exact and not self.chunks and self.tiles is None
+        decode_only = not self.exact and not self.chunks and self.tiles is None
+        return decode_only and self._alone and not self.proposes
 
     def decode_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""

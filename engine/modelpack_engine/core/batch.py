@@ -127,6 +127,11 @@ class StepBatch:
         return time if time == height == width else None
 
     @property
+    def has_proposals(self) -> bool:
+        """Whether decode rows are of one sequence, and attend to each other's tokens."""
+        return len(set(self.decode_seq_ids)) < len(self.decode_seq_ids)
+
+    @property
     def crosses(self) -> bool:
         """Whether rows attend to pictures outside of the KV cache."""
         return any(part.media.until for part in self.media_rows)

@@ -6,13 +6,17 @@
   //   NORMED: one row x, the RMS norm of total = x + the sum of more [PARTS, K] B, times norm [K] V (see
   //   add_norm.h), where EPSILON is a float's bits, and there is one part
   // A block computes strips of 16 outputs (SWIGLU: 8 gates and their up rows), one of every STRIDE. The last
-  // COPYING warps have the weights copied to STAGES places of shared memory, as far ahead as there is room,
-  // also while the rows are normed and, if the kernel is launched early, while the one before still runs. A stage
-  // has up to WARPS units of 256 inputs of a strip, each of which one of the other warps multiplies.
-  // The text before has, for a unit: the bytes of a stage; of a line, those that are copied (`line_bytes`), and how
-  // (`copy_piece`, in four pieces at most); where eight of its inputs are (`vector_of`, `lane_of`, `arranged`), of which
-  // each of four lanes reads eight vectors; and the products of its 16 outputs and 8 rows, as those of pa_mma, divided
-  // by FACTOR. If SUMMED, these take the sums of groups of inputs.
+  // COPYING warps copy the weights to STAGES places of shared memory, as far ahead as there is room, also
+  // while the rows are normed and, if the kernel is launched early, while the one before still runs. A stage has
+  // up to WARPS units of inputs of a strip, each of which one of the other warps multiplies.
+  // The text before has:
+  //   UNIT, VECTORS: the inputs of a unit, and the vectors of eight that each of four lanes reads of a row of it
+  //   STAGE: the bytes of a stage   line_bytes(k, units): those that are copied of a line, from input k on
+  //   copy_piece(stage, line, piece, row, k, units, barrier): copies one of four pieces of them, or none
+  //   vector_of, lane_of (eight): where eight inputs of a row are   arranged(eight): what is there
+  //   multiply_unit(stage, unit, rows_of, sum_of, acc): adds the products of 16 outputs and 8 rows, divided by
+  //   FACTOR, to acc, which is as pa_mma's; if SUMMED, it takes sums of GROUPS groups of a unit's inputs
+  //   lane, warp, r = lane / 4, c = lane % 4
   constexpr int COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
   constexpr int UNITS = D / UNIT, SPLIT = (UNITS + WARPS - 1) / WARPS;  // units and stages of a strip
   constexpr bool KEPT = SPLIT == 1;                         // a warp multiplies the same inputs always

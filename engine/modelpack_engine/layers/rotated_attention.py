@@ -35,9 +35,10 @@ _FEW_HEADS, _SIMDGROUPS = 264, 8
 class Kind:
     """What is compiled into the kernel, beside the shape of attention.
 
-    The types of results, of projections, which are `count` parts to be summed, and of pools; a
-    `Rotation`; the type of the norms' weights, and epsilon; and the type of values of another
-    matmul. Without norms or such values, these types are None.
+    `dtype` is the type of results, `joint` that of projections, which are `count` parts to be
+    summed, and `pool` that of pools. `dims`, `interleaved` and `factor` are those of a `Rotation`.
+    `norms` is the type of the norms' weights, with `epsilon`, and `values` that of values of
+    another matmul: each is None if there are none.
     """
 
     dtype: mx.Dtype
@@ -73,7 +74,7 @@ def attend(
     """Return attention [rows, heads, dim] in `dtype`, and write keys and values to `slots`.
 
     The arguments are those of `rotate_and_write` and of `kernels.decode_attention`. The last token
-    of a row's context is its own, in its slot, and no other row has that slot. None if there is no
+    of a row's context is its own, in its slot, and no other row attends to it. None if there is no
     kernel for these rows, or they are better computed by two.
     """
     dim = pools.keys.shape[-1]
@@ -115,6 +116,7 @@ def _fits(plan: DecodePlan, pool: mx.Dtype) -> bool:
         given["DK"] % (given["VEC"] * given["LPT"]) == 0
         and given["G"] % given["HEADS"] == 0
         and plan.shared_bytes + 2 * given["DK"] * pool.size <= MAX_SHARED_BYTES
+        and given["DK"] <= given["VEC"] * plan.threads  # which write the row's key
     )
 
 
@@ -183,7 +185,8 @@ def _compare(shape: AttentionShape, kind: Kind) -> str | None:
         for row, length in enumerate(lengths)
     ]
     columns = shape.num_heads + (1 if kind.values else 2) * heads
-    given = mx.random.normal((count, rows, columns * dim), key=keys[0]).astype(kind.joint)
+    given = mx.random.normal((count, rows, columns * dim), key=keys[0]) * count**-0.5
+    given = given.astype(kind.joint)
     values = None
     if kind.values:
         values = mx.random.normal((rows, heads * dim), key=keys[1]).astype(kind.values)
@@ -201,14 +204,17 @@ def _compare(shape: AttentionShape, kind: Kind) -> str | None:
         mx.random.normal(((1 + rows * width) * size * heads * dim,), key=key).astype(pool)
         for key in keys[4:6]
     ]
+    # The plans of few rows and of more, and that of long contexts.
+    plans = [_plan(shape, pool, few, 1, 1) for few in (1, _FEW_HEADS // shape.num_heads + 1)]
+    if (shape.window or SPLIT_CONTEXT) >= SPLIT_CONTEXT:
+        plans.append(_plan(shape, pool, rows, width * size, 4))
     found = {}
-    for parts in (1, 4):
+    for plan in dict.fromkeys(plans):
         for ours in (False, True):
             pools = TokenMajorPools(layout, 1 + rows * width, size)
             pools.keys, pools.values = (one.reshape(-1, heads, dim) + 0 for one in old)
             mx.eval(pools.keys, pools.values, tables, positions, given)
             if ours:
-                plan = _plan(shape, pool, rows, 1 if parts == 1 else width * size, parts)
                 out = _run(
                     plan, shape, given, count, dtype, pools, positions, at, rotation, norms, tables,
                     contexts, scale=dim**-0.5, values=values,
@@ -221,14 +227,14 @@ def _compare(shape: AttentionShape, kind: Kind) -> str | None:
                 out = operations.decode_attention(
                     q, pools.keys, pools.values, tables, contexts,
                     scale=dim**-0.5, num_kv_heads=heads, window=shape.window, block_size=size,
-                    split=parts,
+                    split=plan.parts,
                 )  # fmt: skip
             written = at + pools.last_write()
             found[ours] = [out, pools.keys[written], pools.values[written]]
             mx.eval(found[ours])
         output, *rows_of_pools = zip(found[True], found[False], strict=True)
         tolerance = TOLERANCE[dtype]
-        problem = launch.difference({f"its output in {parts} parts": output}, tolerance)
+        problem = launch.difference({f"its output in {plan.parts} parts": output}, tolerance)
         # Keys are up to 8: the last bit of such numbers counts more.
         of_rows = dict(zip(("its keys", "its values"), rows_of_pools, strict=True))
         if problem := problem or launch.difference(of_rows, 4 * tolerance):

@@ -22,7 +22,7 @@ from modelpack_engine.layers.weights import Weights, random_weights
 #: The inputs of a unit, the most warps and shared memory of a multiprocessor's blocks, the
 #: multiprocessors of a large GPU, the most stages, and the most rows and inputs that are kept.
 _UNIT, _MOST_WARPS, _MOST_SHARED, _PROCESSORS, _MOST_STAGES = 256, 16, 224 << 10, 132, 6
-MOST_ROWS, _MOST_KEPT = 8, 1 << 15
+_MOST_ROWS, _MOST_KEPT = 8, 1 << 15
 #: The most inputs of a row that strips norm: its elements are in registers meanwhile.
 MOST_NORMED = 12288
 #: The most parts of the inputs, which the next kernel adds up.
@@ -99,7 +99,7 @@ def strips_for(x: mx.array, weights: Weights, *, parted: bool = False) -> Strips
     Inputs are split into parts only if they may be `parted`.
     """
     rows = x.size // weights.num_inputs
-    if rows > MOST_ROWS or not _fits(x, weights):
+    if rows > _MOST_ROWS or not _fits(x, weights):
         return None
     form = Format.of(weights)
     found = plan(rows, weights.num_inputs, form, parted=parted)
@@ -225,7 +225,9 @@ def random_weights_of(
 
 def _compare(dtype: mx.Dtype, form: Format, rows: int, biased: bool) -> str | None:
     keys = launch.random_keys(17, 3)
-    units = 40 if rows <= 2 else 16  # with 40, the last stage of a strip is a shorter one
+    # With 40, the last stage of a strip is a shorter one; with 42 and 14, factors and scales of
+    # block types do not begin at whole 16 bytes.
+    units = (42 if rows <= 2 else 14) if form.blocks else 40 if rows <= 2 else 16
     outputs, inputs = 16 * 20 + 8, _UNIT * units
     weights, full, bias = random_weights_of(dtype, form, (outputs, inputs), biased=biased)
     a, b = (mx.random.normal((rows, inputs), key=key).astype(dtype) for key in keys[:2])

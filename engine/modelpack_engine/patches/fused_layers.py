@@ -1,10 +1,10 @@
 """Decoder layers and mixtures of experts by fused kernels, for GPUs.
 
 In a step of few rows, launching a kernel takes the CPU longer than the GPU takes to run it. Layers
-whose code reads like Llama's therefore run with joint projections, one kernel for rotation and KV
-write, one for add + RMSNorm, and one for SwiGLU; routers of experts, up to fourteen kernels in
-mlx-lm, run as one. Models keep their classes and parameters; layers that `reads_like` does not
-recognise run unchanged. `fuse` is the entry point.
+whose code reads like Llama's therefore run with joint projections, one kernel for rotation, KV
+write and, where rows decode, attention, one for add + RMSNorm, and one for SwiGLU; routers of
+experts, up to fourteen kernels in mlx-lm, run as one. Models keep their classes and parameters;
+layers that `reads_like` does not recognise run unchanged. `fuse` is the entry point.
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ def _fuse_attention(
         values = None if of_values is None else whole_rows(x, *of_values, sums, step)
         window = mask.window if isinstance(mask, RowMask) else None
         angles, axes = None, [axis.rows for axis in step.positions.axes]
-        if not gated and not axes and step.only_decodes:
+        if not gated and not axes and step.rows_alone:
             found = rotated_attention.attend(
                 rows.array, rows.count, x.dtype, pools, step.positions.rows, step.slots, rotation,
                 heads, norms, *step.decode_rows(),

@@ -146,16 +146,18 @@ def continued(
 
 
 def next_layout(
-    sequences: Several[Continued], buckets: Buckets, block_size: int
+    sequences: Several[Continued], buckets: Buckets, block_size: int, *, proposes: bool = False
 ) -> tuple[Layout, int]:
     """Return the layout of a step of decode rows, and how many numbers its columns have.
 
-    There are neither windows nor adapters nor rotations of pictures.
+    There are neither windows nor adapters nor rotations of pictures. Steps may have proposals if
+    the runner `proposes`.
     """
     rows = buckets.pad_rows(sequences[-1].row + sequences[-1].count)
     longest = max(each.num_tokens for each in sequences)
     width = buckets.pad_table_width(-(-longest // block_size))
-    return Layout(rows, rows, width, 0, 1, None), (3 + width) * rows
+    alone = not proposes and all(each.count == 1 for each in sequences)
+    return Layout(rows, rows, width, 0, 1, None, alone=alone), (3 + width) * rows
 
 
 def write_rows(

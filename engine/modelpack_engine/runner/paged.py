@@ -64,7 +64,8 @@ class Layout:
     graph returns logits of `sampled` rows; None stands for all rows. Each of `groups` groups of
     layers has slots and tables. Recurrent layers have `segments`, or none if they compute decode
     rows only. Rows have one rotary position on each of `axes` axes. `adapted` are
-    the layers that adapters of rows change; rows then have the slots of their adapters.
+    the layers that adapters of rows change; rows then have the slots of their adapters. If rows
+    are `alone`, no two decode rows are of one sequence.
     """
 
     rows: int
@@ -77,6 +78,7 @@ class Layout:
     segments: int = 0
     axes: int = 1
     adapted: tuple[str, ...] = ()
+    alone: bool = False
 
     def cut(self, packed: _Numbers) -> list[_Numbers]:
         """Split `packed`: rotations, lengths, spans, sampled rows, segments and their owners,
@@ -168,6 +170,11 @@ class CompiledSteps:
     @property
     def block_size(self) -> int:
         return self._step.block_size
+
+    @property
+    def proposes(self) -> bool:
+        """Whether steps may have proposals."""
+        return self._step.proposes
 
     def takes(self, batch: StepBatch) -> bool:
         """Return whether a step can run by a compiled graph.
@@ -322,6 +329,7 @@ class CompiledSteps:
             segments=0 if runs is None else len(runs),
             axes=rotations.size // len(positions),
             adapted=() if matrices is None else matrices.changed,
+            alone=not self._step.proposes and not batch.has_proposals,
         )  # fmt: skip
         of_adapters = [] if matrices is None else matrices.arrays()
         return PackedStep(layout, columns, order, row_places, rows.padding, of_adapters)
@@ -474,7 +482,9 @@ class CompiledSteps:
         ):
             tiles = Tiles(tile_tables, spans) if spans.shape[0] else None
             if follower is step:
-                step.begin_rows(rotations, slots, (tables, lengths), some, tiles)
+                step.begin_rows(
+                    rotations, slots, (tables, lengths), some, tiles, alone=layout.alone
+                )
             else:
                 follower.follow_rows(step, slots, (tables, lengths), tiles)
         step.segments = Segments(runs, owners) if layout.segments else None
@@ -627,6 +637,13 @@ class PagedRunner:
         self._step.keeps_rows = len(layers_of(self.layout.inner)) in layers
         if self.compiled is not None:
             self.compiled.clear()
+
+    def expect_proposals(self) -> None:
+        """Let all steps be laid out as those with proposals, whose rows are of one sequence.
+
+        So the shapes that are warmed up are those of all steps.
+        """
+        self._step.proposes = True
 
     def hidden_rows(self) -> HiddenRows | None:
         """Return the hidden states of the last step's rows; None if they are not recorded."""

@@ -100,7 +100,7 @@ _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloa
 #: The arrays that one kernel takes the addresses of.
 _AT_ONCE = 8
 #: Kernels that may start while the one before runs: they wait for its end themselves. The first
-#: four read weights until then, and `rotate_decode` what no kernel of the step writes.
+#: four read weights until then, and `rotate_decode` numbers, and keys and values of earlier steps.
 EARLY: frozenset[str] = frozenset(
     (
         "packed_strips", "packed_wide", "block_tiles", "block_strips", "arrange", "rotate",
@@ -136,7 +136,10 @@ def addresses(arrays: Sequence[mx.array], *, starts: bool = False) -> list[int]:
 
 
 def may_read_early(note: Note, reads: Sequence[int | Output]) -> bool:
-    """Return whether no kernel of the step writes what this one reads before it waits."""
+    """Return whether no kernel of the step writes the numbers that this one reads before it waits.
+
+    The keys and values that it reads then are those of earlier steps: a step has each layer once.
+    """
     if note.body != "rotate_decode":
         return True
     inputs = zip(note.source.inputs, reads, strict=True)
@@ -622,7 +625,9 @@ class Replays:
         ):  # fmt: skip
             return None
         compiled = self._compiled
-        layout, num_columns = next_layout(sequences, compiled.buckets, compiled.block_size)
+        layout, num_columns = next_layout(
+            sequences, compiled.buckets, compiled.block_size, proposes=compiled.proposes
+        )
         settings = settings_of(layout.rows)
         draft = draft.after(sequences, layout.rows)
         if settings is None or draft is None or draft.generation != self._generation:

@@ -327,8 +327,10 @@ def make_speculator(
     if not small.can_go_back or (draft.layout.recurrent and not isinstance(small, PagedRunner)):
         small.undo()
         return None, (f"no speculation: the draft model runs in the {small.tier} tier",)
-    if on_gpu() and isinstance(small, PagedRunner):
-        small.adapted.rows.reserved = _state_rows(config)
+    if isinstance(small, PagedRunner):
+        small.expect_proposals()
+        if on_gpu():
+            small.adapted.rows.reserved = _state_rows(config)
     if config.warm_up and on_gpu():
         small.warm_up(sizes.step_shapes(config, 2 * max_batch))
     proposer = DraftProposer(

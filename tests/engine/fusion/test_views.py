@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models import ssm
 
 from modelpack_engine.attention.metadata import StepInputs
+from modelpack_engine.core.batch import StepBatch
 from modelpack_engine.layers import convolution, delta_rule, state_space
 from modelpack_engine.layers.drafts import Places
 from modelpack_engine.patches import functions
@@ -49,6 +50,38 @@ def test_positions_of_rows(axes: int) -> None:
     assert step.positions.rows.tolist() == step.positions.tolist() == [0, 1, 2, 3, 4]
     expected = rotations.tolist() if axes > 1 else []
     assert [each.tolist() for each in step.positions.axes] == expected
+
+
+def batch_of(seq_ids: tuple[int, ...]) -> StepBatch:
+    count = len(seq_ids)
+    return StepBatch(
+        token_ids=[0] * count, positions=[0] * count, slots=[0] * count, from_previous=(),
+        num_decode=count, decode_tables=[[1]] * count, decode_lengths=[1] * count,
+        decode_seq_ids=seq_ids, chunks=(), sample_rows=tuple(range(count)), sample_seqs=(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seq_ids", "proposes", "alone"),
+    [((1, 2, 3), False, True), ((1, 2, 2), False, False), ((1, 2, 3), True, False)],
+)
+def test_rows_of_a_proposal_are_not_alone(
+    seq_ids: tuple[int, ...], proposes: bool, alone: bool
+) -> None:
+    """They attend to each other's keys, which must be written before."""
+    batch, step = batch_of(seq_ids), StepInputs(16, exact=False)
+    follower, step.proposes = step.of_group(1), proposes
+    step.begin(batch, [0, 1, 2])
+    assert step.rows_alone is alone
+    numbers = mx.zeros((3,), mx.int32)
+    decode = mx.zeros((3, 1), mx.int32), numbers
+    for given in (True, False):
+        step.begin_rows(numbers[None], numbers, decode, None, alone=given)
+        follower.follow_rows(step, numbers, decode, None)
+        assert step.rows_alone is follower.rows_alone is (given and not proposes)
+    step.exact = True
+    step.begin_rows(numbers[None], numbers, decode, None, alone=True)
+    assert not step.rows_alone, "rows attend by MLX's functions"
 
 
 def test_places_of_a_draft() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -139,6 +139,9 @@ def test_rows_follow_each_other() -> None:
     assert [(each.row, each.count, each.shift) for each in found[0]] == [(0, 4, 1), (4, 3, 3)]
     layout, count = next_layout(found[0], Buckets(rows=(8,), table_width=(4,)), SIZE)
     assert layout == Layout(8, 8, 4, 0, 1, None)
+    buckets, single = Buckets(rows=(8,), table_width=(4,)), [replace(found[0][0], count=1)]
+    assert next_layout(single, buckets, SIZE)[0].alone
+    assert not next_layout(single, buckets, SIZE, proposes=True)[0].alone
     columns = np.zeros(count, np.int32)
     write_rows(columns, layout, SIZE, found[0])
     positions, lengths, slots = columns[:24].reshape(3, 8).tolist()

@@ -135,10 +135,8 @@ def test_kernels_that_are_launched_early_wait(body: Body) -> None:
         code.remove("PA_WAIT_FOR_BEFORE();")
     wait = code.index("if (!EXPERTS) " * (body == "block_tiles") + "PA_WAIT_FOR_BEFORE();")
     before = " ".join(code[:wait])
-    if body in (
-        "packed_strips",
-        "block_strips",
-    ):  # weights are copied before, and nothing is written
+    if body in ("packed_strips", "block_strips"):
+        # Weights are copied before, and nothing is written.
         assert not any(name in before for name in ("x)", "more", "norm)", "out["))
     elif body == "packed_wide":  # only what is called later reads rows
         call = "bring_rows(step"
@@ -159,7 +157,7 @@ def test_kernels_that_are_launched_early_wait(body: Body) -> None:
 @pytest.mark.parametrize(
     ("name", "early"),
     [("joint", True), ("values", True), ("previous", True), ("context_lens", False),
-     ("block_tables", False), ("slots", False), ("k_pool", False)],
+     ("block_tables", False), ("slots", False), ("positions", False)],
 )  # fmt: skip
 def test_attention_reads_early_what_no_kernel_of_the_step_writes(name: str, early: bool) -> None:
     source = kernel_source("rotate_decode", "cuda")

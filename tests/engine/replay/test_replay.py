@@ -433,6 +433,9 @@ def test_a_head_drafts_within_the_graph(
     made = any(shape.layout.tiles for shape, graph in engine._replays._graphs.items() if graph)
     assert made == case.prompts
     assert len(recorded) < 12, "for sizes of the pool and of tables, not for each sequence"
+    bodies = {call.note.body for calls in driver.graphs.values() for call in calls}
+    assert "rotate" in bodies, "rows of a proposal attend to each other's keys, written before"
+    assert "rotate_decode" not in bodies
     engine.close()
     assert driver.graphs == {}
 
