@@ -289,7 +289,7 @@ class StepInputs:
         self.crosses = False  # whether rows attend to pictures outside of the KV cache
         #: Whether steps may have proposals: all are then laid out alike.
         self.proposes = False
-        self._alone = False  # whether no two decode rows are of one sequence
+        self._alone = False  # whether the step is laid out for decode rows of different sequences
         #: Whether layers compute all rows although few are sampled.
         self.keeps_rows = False
         self.tiles: Tiles | None = None
@@ -336,7 +336,7 @@ class StepInputs:
         self.segments = None
         self.decode_seq_ids = tuple(batch.decode_seq_ids)
         self.chunks = tuple(batch.chunks)
-        self._alone = not batch.has_proposals
+        self._alone = self.can_be_alone(batch)
         self._tables, self.lengths = batch.decode_tables, batch.decode_lengths
         self._padded_tables = batch.padded_tables
         self._memo = {}
@@ -344,7 +344,7 @@ class StepInputs:
     def _follow(self, leader: StepInputs, batch: StepBatch) -> None:
         """Begin the same step as `leader`, with the slots and tables of `batch`."""
         self._begin_tables(batch)
-        self.proposes = leader.proposes
+        self._alone = leader._alone
         self.positions, self.sample_rows = leader.positions, leader.sample_rows
         if self.exact:
             self.slots = mx.array(batch.slots, mx.int32)
@@ -353,6 +353,10 @@ class StepInputs:
             packed = self._staging.put(np.array(batch.slots, np.int32))
             self.slots, self.slot_runs = packed[: self.num_rows], None
         self.all_rows_sampled, self.active = leader.all_rows_sampled, True
+
+    def can_be_alone(self, batch: StepBatch) -> bool:
+        """Return whether a step of `batch` is laid out for decode rows of different sequences."""
+        return not self.proposes and not batch.has_proposals
 
     def begin_rows(
         self,
@@ -371,7 +375,7 @@ class StepInputs:
         `rotations` are the rotary positions [axes, rows], with one axis or, for M-RoPE, three.
         """
         self.num_rows, self.num_decode = rotations.shape[1], decode[0].shape[0]
-        self.tiles, self._alone = tiles, alone
+        self.tiles, self._alone = tiles, alone and not self.proposes
         self.decode_seq_ids, self.chunks = (), ()
         self._tables, self.lengths = [], []
         self._memo = {"rows": decode}
@@ -395,7 +399,7 @@ class StepInputs:
     ) -> None:
         """Begin the step that `begin_rows` of `leader` began, with other slots and tables."""
         rows = None if leader.all_rows_sampled else leader.sample_rows
-        alone = leader._alone and not leader.proposes
+        alone = leader._alone
         self.begin_rows(leader.positions[None], slots, decode, rows, tiles, alone=alone)
         self.positions = leader.positions
 
@@ -439,8 +443,7 @@ class StepInputs:
     @property
     def rows_alone(self) -> bool:
         """Whether kernels attend from all rows, of which each is the only one of its sequence."""
-        decode_only = not self.exact and not self.chunks and self.tiles is None
-        return decode_only and self._alone and not self.proposes
+        return self._alone and not self.exact and not self.chunks and self.tiles is None
 
     def decode_rows(self) -> tuple[mx.array, mx.array]:
         """Return block tables int32 [rows, width] and lengths int32 [rows] of all decode rows."""

@@ -329,7 +329,7 @@ class CompiledSteps:
             segments=0 if runs is None else len(runs),
             axes=rotations.size // len(positions),
             adapted=() if matrices is None else matrices.changed,
-            alone=not self._step.proposes and not batch.has_proposals,
+            alone=self._step.can_be_alone(batch),
         )  # fmt: skip
         of_adapters = [] if matrices is None else matrices.arrays()
         return PackedStep(layout, columns, order, row_places, rows.padding, of_adapters)
