@@ -138,7 +138,8 @@ def _run(
     values: mx.array | None,
 ) -> mx.array:
     on, rows, split = launch.backend(), positions.shape[0], plan.parts > 1
-    weights = (joint, joint) if norms is None else norms[:2]
+    # Not of this step, which the kernel would have to wait for.
+    weights = (rotation.inverse, rotation.inverse) if norms is None else norms[:2]
     value_rows, factors = joint if values is None else values, launch.factors(1.0, None)
     inputs = [
         joint, value_rows, positions, slots, rotation.inverse, *weights, pools.keys, pools.values,

@@ -201,6 +201,19 @@ def test_values_of_another_type_are_recorded(driver: FakeDriver) -> None:
     assert all(each["OWN_VALUES"] for each in rotations)
 
 
+def test_rotation_reads_early_what_earlier_steps_wrote(driver: FakeDriver) -> None:
+    """A model without norms of queries has arrays in their place that no kernel writes."""
+    SCENARIOS["batches"](make_engine())
+    notes = [call.note for calls in driver.graphs.values() for call in calls]
+    written = {id(array) for note in notes for array in note.outputs}
+    rotations = [note for note in notes if note.body == "rotate_decode"]
+    assert rotations
+    for note in rotations:
+        given = dict(zip(note.source.inputs, note.inputs, strict=True))
+        assert id(given["joint"]) in written
+        assert not {id(given["q_weight"]), id(given["k_weight"])} & written
+
+
 def test_graphs_run_where_several_steps_decode_in_a_row(driver: FakeDriver) -> None:
     replays = make_engine()._replays
     assert replays is not None
