@@ -4,8 +4,6 @@
   typedef PaBlocks<LOW, HIGH> Codes;
   typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef PaScaled<T, ZERO, (TABLE > 0)> Scaled;
-  constexpr int FACTORS = Scales::FACTORS;
-  constexpr int GROUP_BYTES = !SCALED ? 0 : GROUP == 16 || MINS ? 2 : 1;  // of 32 weights
   struct Chunk {
     typename Codes::Low low[2];
     typename Codes::High high[2];
@@ -20,8 +18,8 @@
     if (HIGH > 0) chunk.high[h] = *(const typename Codes::High*)high;
     chunk.factor[h] = EXPONENTS ? Scaled::GAIN : float(factors[0]) * Scaled::GAIN;
     chunk.least[h] = MINS ? float(factors[1]) * Scaled::LOSS : 0.0f;
-    chunk.bytes[h] = GROUP_BYTES == 2 ? *(const unsigned short*)bytes
-                     : GROUP_BYTES == 1 ? *(const unsigned char*)bytes : 0u;
+    chunk.bytes[h] = Scales::BYTES == 2 ? *(const unsigned short*)bytes
+                     : Scales::BYTES == 1 ? *(const unsigned char*)bytes : 0u;
   };
   // Add products, divided by Scaled::WHOLE, to those of each eight rows n; row_of(n, e) are inputs at place e.
   auto multiply_chunk = [&](const Chunk& chunk, auto row_of, auto& acc) {

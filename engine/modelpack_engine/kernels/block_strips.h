@@ -1,45 +1,13 @@
   // Weights in GGUF's block types, for strips.h: those of each chunk (block_chunk.h) become numbers of the type T.
-  //   weight [N, words of a row] uint
-  constexpr int UNIT = 256, VECTORS = 8, GROUPS = UNIT / GROUP;
-  // The bytes of a unit in each plane of a stage: low and high bits of codes, factors and scales. Lines of a plane are
-  // as far apart as lets lanes read at the same time; those of factors and scales begin with up to 15 other bytes, as
-  // whole 16 bytes are copied.
-  constexpr int LOWS = 32 * LOW, HIGHS = 32 * HIGH, HALVES = UNIT / BLOCK * FACTORS * 2, BYTES = 8 * GROUP_BYTES;
-  constexpr int LOW_PITCH = WARPS * LOWS + 16 * LOW, HIGH_PITCH = HIGH > 0 ? WARPS * HIGHS + 16 * HIGH : 0;
-  constexpr int FACTOR_PITCH = (WARPS * HALVES + 47) / 16 * 16, BYTE_PITCH = (WARPS * BYTES + 47) / 16 * 16;
-  constexpr int HIGH_AT = 16 * LOW_PITCH, FACTORS_AT = HIGH_AT + 16 * HIGH_PITCH;
-  constexpr int BYTES_AT = FACTORS_AT + 16 * FACTOR_PITCH, STAGE = BYTES_AT + 16 * BYTE_PITCH;
+  constexpr int VECTORS = 8, GROUPS = UNIT / GROUP;
   constexpr bool SUMMED = false;
-  const int lane = PA_LANE, warp = PA_SIMD, r = lane / 4, c = lane % 4;
   constexpr float FACTOR = Scaled::WHOLE;
-  // Where factors and scales of a row begin, in bytes, and how many are before those from input k on.
-  const int factors_at = D * PA_DEPTH / 8 * (LOW + HIGH), bytes_at = factors_at + D * PA_DEPTH / BLOCK * FACTORS * 2;
-  auto first_factor = [&](int k) { return factors_at + k / BLOCK * FACTORS * 2; };
-  auto first_byte = [&](int k) { return bytes_at + k / 32 * GROUP_BYTES; };
-  auto whole_bytes = [&](int from, int bytes) { return (from % 16 + bytes + 15) / 16 * 16; };
-  auto line_bytes = [&](int k, int units) {
-    return units * (LOWS + HIGHS) + (FACTORS > 0 ? whole_bytes(first_factor(k), units * HALVES) : 0)
-        + (SCALED ? whole_bytes(first_byte(k), units * BYTES) : 0);
-  };
-  auto copy_piece = [&](unsigned char* stage, int line, int piece, size_t row, int k, int units, PaBarrier* barrier) {
-    const unsigned char* from = (const unsigned char*)(weight + row * weight_shape[1]);
-    if (piece == 0) {
-      pa_bulk_copy(stage + line * LOW_PITCH, from + k / 8 * LOW, units * LOWS, barrier);
-    } else if (piece == 1) {
-      if (HIGH == 0) return;
-      const unsigned char* highs = from + D * PA_DEPTH / 8 * LOW + k / 8 * HIGH;
-      pa_bulk_copy(stage + HIGH_AT + line * HIGH_PITCH, highs, units * HIGHS, barrier);
-    } else if (piece == 2 ? FACTORS > 0 : SCALED) {
-      const int at = piece == 2 ? first_factor(k) : first_byte(k), bytes = units * (piece == 2 ? HALVES : BYTES);
-      unsigned char* to = stage + (piece == 2 ? FACTORS_AT + line * FACTOR_PITCH : BYTES_AT + line * BYTE_PITCH);
-      pa_bulk_copy(to, from + at / 16 * 16, whole_bytes(at, bytes), barrier);
-    }
-  };
   // The eights of a chunk are at places in the order of `Codes::eight`, its own inverse.
   auto vector_of = [&](int eight) { return eight / 16 * 4 + Codes::eight(eight / 4, eight % 4) % 4; };
   auto lane_of = [&](int eight) { return eight / 4 % 4; };
+  auto eight_at = [&](int vector, int lane) { return Codes::eight(vector / 4 * 4 + lane, vector % 4); };
   auto arranged = [&](uint4 v) { return v; };
-  auto multiply_unit = [&](const unsigned char* stage, int unit, auto rows_of, auto, float (&acc)[4]) {
+  auto multiply_unit = [&](const auto&, const unsigned char* stage, int unit, auto rows_of, auto, float (&acc)[4]) {
     const int first = (unit - warp) * UNIT;
     const unsigned char* factors = stage + FACTORS_AT + first_factor(first) % 16;
     const unsigned char* bytes = stage + BYTES_AT + first_byte(first) % 16;
@@ -49,8 +17,8 @@
       PA_UNROLL for (int h = 0; h < 2; h++) {
         const int line = h * 8 + r;
         read_line(chunk, h, stage + line * LOW_PITCH + at * 4 * LOW, stage + HIGH_AT + line * HIGH_PITCH + at * 4 * HIGH,
-                  (const H*)(factors + line * FACTOR_PITCH) + at / (BLOCK / 32) * FACTORS,
-                  bytes + line * BYTE_PITCH + at * GROUP_BYTES);
+                  (const H*)(factors + line * FACTOR_PITCH) + at / (BLOCK / 32) * Scales::FACTORS,
+                  bytes + line * BYTE_PITCH + at * Scales::BYTES);
       }
       float(&only)[1][4] = *(float(*)[1][4])&acc;
       multiply_chunk(chunk, [&](int, int e) { return rows_of(half * 4 + e); }, only);

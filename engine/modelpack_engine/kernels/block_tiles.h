@@ -14,7 +14,7 @@
   if (row0 >= M) return;  // a span that is not used
   const size_t of_expert = EXPERTS ? (size_t)spans[PA_Y * 3] * N : 0;
   const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
-  const int bytes_at = K / BLOCK * FACTORS;
+  const int bytes_at = K / BLOCK * Scales::FACTORS;
   if (TABLE) PA_SYNC();
   Chunk ahead[AHEAD];
   const unsigned* lines[2];
@@ -27,7 +27,7 @@
     PA_UNROLL for (int h = 0; h < 2; h++) {
       const unsigned char* bytes = (const unsigned char*)((const H*)(lines[h] + factors) + bytes_at);
       read_line(chunk, h, lines[h] + unit * LOW, lines[h] + highs + unit * HIGH,
-                (const H*)(lines[h] + factors) + unit / (BLOCK / 32) * FACTORS, bytes + unit * GROUP_BYTES);
+                (const H*)(lines[h] + factors) + unit / (BLOCK / 32) * Scales::FACTORS, bytes + unit * Scales::BYTES);
     }
   };
   PA_UNROLL for (int a = 0; a < AHEAD; a++) {

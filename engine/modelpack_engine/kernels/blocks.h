@@ -27,7 +27,8 @@ struct PaBlocks {
 // EXPONENTS: there are no factors, and a group's byte is the exponent of its scale, plus 128.
 template <int GROUP, bool SCALED, bool MINS, bool EXPONENTS>
 struct PaScales {
-  enum { FACTORS = EXPONENTS ? 0 : MINS ? 2 : 1 };
+  // The factors of a block, and the bytes of 32 weights.
+  enum { FACTORS = EXPONENTS ? 0 : MINS ? 2 : 1, BYTES = !SCALED ? 0 : GROUP == 16 || MINS ? 2 : 1 };
   static PA_FUNCTION float scale(float factor, unsigned int bytes, int part) {
     if (!SCALED) return factor;
     if (EXPONENTS) return factor * pa_float(bytes > 1u ? (bytes - 1u) << 23 : 0x200000u << bytes);

@@ -27,12 +27,13 @@
   // Eights of a row are in the pairs in which codes are.
   auto vector_of = [&](int eight) { return eight / EIGHTS * RUN + eight % RUN; };
   auto lane_of = [&](int eight) { return eight % EIGHTS / RUN; };
+  auto eight_at = [&](int vector, int lane) { return vector / RUN * EIGHTS + lane * RUN + vector % RUN; };
   auto arranged = [&](uint4 v) {
     const unsigned one = BITS == 8 ? v.y : v.z, two = BITS == 8 ? v.z : v.y;
     return Pairs::rows({__byte_perm(v.x, one, 0x5410), __byte_perm(v.x, one, 0x7632),
                         __byte_perm(two, v.w, 0x5410), __byte_perm(two, v.w, 0x7632)});
   };
-  auto multiply_unit = [&](const unsigned char* stage, int, auto rows_of, auto sum_of, float (&acc)[4]) {
+  auto multiply_unit = [&](const auto&, const unsigned char* stage, int, auto rows_of, auto sum_of, float (&acc)[4]) {
     // Scales and offsets of AT_A_TIME groups: those of eight take too many registers.
     PaVec<T, AT_A_TIME> by[2][2];
     PA_UNROLL for (int g = 0; g < GROUPS; g++) {
@@ -64,7 +65,8 @@
         const float scale = float(by[high][0].e[g % AT_A_TIME]);
         const float offset = float(by[high][1].e[g % AT_A_TIME]) - Pairs::OFFSET * scale;
         PA_UNROLL for (int h = 0; h < (ROWS == 1 ? 1 : 2); h++) {
-          acc[high * 2 + h] += scale * Pairs::WHOLE * sum[high * 2 + h] + offset * sum_of(g, h);
+          acc[high * 2 + h] += scale * Pairs::WHOLE * sum[high * 2 + h];  // each in one instruction
+          acc[high * 2 + h] += offset * sum_of(g, h);
         }
       }
     }

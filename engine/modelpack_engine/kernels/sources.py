@@ -4,9 +4,9 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `packed_strips`,
-`packed_wide`, `arrange`, `add_norm_arranged`, `block_tiles`, `block_strips`, `experts`,
-`experts_wide`, `shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`, `state_space_wide`,
-`usable`, `deliver`, `fetch` and `address` are for CUDA only.
+`packed_wide`, `arrange`, `add_norm_arranged`, `block_tiles`, `block_strips`,
+`experts`, `experts_wide`, `shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`,
+`state_space_wide`, `usable`, `deliver`, `fetch` and `address` are for CUDA only.
 """
 
 from __future__ import annotations
@@ -172,10 +172,10 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "adapters_norm": ("shrink", "expand", "add_norm", "normed", "in_rows"),
     "expand_wide": ("chunks", "expand_wide"),
     "delta_wide": ("delta_rule", "delta_wide"),
-    "packed_strips": ("packed_strips", "strips"),
+    "packed_strips": ("packed_strips", "float_rows", "strips"),
     "rotate_decode": ("rotate_decode", "decode"),
     "block_tiles": ("block_chunk", "block_tiles"),
-    "block_strips": ("block_chunk", "block_strips", "strips"),
+    "block_strips": ("block_chunk", "block_stage", "block_strips", "float_rows", "strips"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.
@@ -223,8 +223,8 @@ def kernel_source(
     headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "packed_strips",
-        "packed_wide", "grouped", "block_tiles", "block_strips", "shrink_wide", "expand_wide",
-        "delta_tiles", "delta_wide", "state_space_wide",
+        "packed_wide", "grouped", "block_tiles", "block_strips", "shrink_wide",
+        "expand_wide", "delta_tiles", "delta_wide", "state_space_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body in ("packed", "packed_row", "packed_strips"):

@@ -1,34 +1,37 @@
-  // Matmuls of up to 8 rows with packed weights of N outputs and K inputs, on tensor cores; CUDA only. The text before
-  // this one, packed_strips.h or block_strips.h, reads the weights.
+  // Matmuls of up to 8 rows with packed weights of N outputs and K inputs, on tensor cores; CUDA only. The texts before
+  // this one are for a format of weights (packed_strips.h or block_strips.h) and for rows (float_rows.h).
   //   x [M, K] T (M at most ROWS)   bias [N] T (BIAS)
   //   out [parts, M, N] O: several parts must be added; each is of D inputs
   //   SWIGLU: the first half of weights are gates, and out [M, N / 2] is silu(gate) * other half
   //   NORMED: one row x, the RMS norm of total = x + the sum of more [PARTS, K] B, times norm [K] V (see
   //   add_norm.h), where EPSILON is a float's bits, and there is one part
-  // A block computes strips of 16 outputs (SWIGLU: 8 gates and their up rows), one of every STRIDE. The last
-  // COPYING warps copy the weights to STAGES places of shared memory, as far ahead as there is room, also
-  // while the rows are normed and, if the kernel is launched early, while the one before still runs. A stage has
-  // up to WARPS units of inputs of a strip, each of which one of the other warps multiplies.
-  // The text before has:
-  //   UNIT, VECTORS: the inputs of a unit, and the vectors of eight that each of four lanes reads of a row of it
+  // A block computes strips of 16 outputs (SWIGLU: 8 gates and their up rows), one of every STRIDE. Beside its WARPS,
+  // COPYING warps copy the weights to STAGES places of shared memory, as far ahead as there is room, also while the rows
+  // are normed and, if the kernel is launched early, while the one before still runs. A stage has up to WARPS units of
+  // inputs of a strip, each of which a warp multiplies. One more warp adds up their sums, so that they need not wait.
+  // They have, of weights:
+  //   UNIT: the inputs of a unit   FACTOR: of all sums
   //   STAGE: the bytes of a stage   line_bytes(k, units): those that are copied of a line, from input k on
   //   copy_piece(stage, line, piece, row, k, units, barrier): copies one of four pieces of them, or none
-  //   vector_of, lane_of (eight): where eight inputs of a row are   arranged(eight): what is there
-  //   multiply_unit(stage, unit, rows_of, sum_of, acc): adds the products of 16 outputs and 8 rows, divided by
-  //   FACTOR, to acc, which is as pa_mma's; if SUMMED, it takes sums of GROUPS groups of a unit's inputs
+  //   multiply_unit(stage, unit, rows_of, sum_of, acc): adds the products of 16 outputs and all rows to acc
+  // and of rows:
+  //   ROWS_BYTES: of shared memory, after the stages   Eight: eight inputs
+  //   keep(row, at, values, there): keeps eight inputs there, if any, for all warps
+  //   Own, recall(own, unit): those of a unit, in registers   DIRECT: read(own, unit, rows, apart, M) reads them instead
+  //   rows_of(own, unit, v), sum_of(own, unit, group, h): what multiply_unit asks for
+  //   SUMS, finish(acc, sums): writes a warp's sums [ROWS, 16], and makes acc zero
   //   lane, warp, r = lane / 4, c = lane % 4
   constexpr int COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
   constexpr int UNITS = D / UNIT, SPLIT = (UNITS + WARPS - 1) / WARPS;  // units and stages of a strip
-  constexpr bool KEPT = SPLIT == 1;                         // a warp multiplies the same inputs always
-  constexpr int COLUMNS = ROWS == 1 ? 1 : 2;                // the rows that a lane has sums of
-  typedef PaVec<T, 8> Eight;
-  extern __shared__ __align__(1024) unsigned char pa_memory[];
-  uint4* given = (uint4*)(pa_memory + STAGES * STAGE);      // the rows, in the order in which lanes read them
-  float* whole = (float*)(given + D / 8 * ROWS);            // sums of their groups
-  float* sums = whole + SUMMED * (D / GROUP * ROWS);        // [2, WARPS, ROWS, 16]
+  constexpr bool SAME = SPLIT == 1;                         // a warp multiplies the same inputs always
+  constexpr int OUTPUTS = SWIGLU ? 8 : 16;                  // of a strip
+  constexpr int OF_STRIP = OUTPUTS * ROWS, SHARES = OF_STRIP < 32 ? 32 / OF_STRIP : 1;  // lanes that add up an output
+  float* sums = (float*)(pa_memory + STAGES * STAGE + ROWS_BYTES);  // [2, WARPS, ROWS, 16]
   float* partial = sums + 2 * WARPS * ROWS * 16;
   PaBarrier* full = (PaBarrier*)(partial + 16);
   PaBarrier* empty = full + STAGES;
+  PaBarrier* written = empty + STAGES;  // sums of a strip, and where they can be written
+  PaBarrier* added = written + 2;
   const int N = weight_shape[0], K = D * PA_DEPTH, M = ROWS == 1 ? 1 : x_shape[0];
   const int width = SWIGLU ? N / 2 : N, strips = (width + (SWIGLU ? 7 : 15)) / (SWIGLU ? 8 : 16);
   const int index = warp * 32 + lane;
@@ -38,12 +41,16 @@
       pa_barrier_make(full + s, COPYING);
       pa_barrier_make(empty + s, WARPS);
     }
+    for (int s = 0; s < 2; s++) {
+      pa_barrier_make(written + s, WARPS);
+      pa_barrier_make(added + s, 1);
+    }
     pa_barriers_made();
   }
   PA_SYNC();
   PA_LET_NEXT_START();
 
-  if (warp >= WARPS) {
+  if (warp >= WARPS && warp < WARPS + COPYING) {
     const int i = (warp - WARPS) * LINES + lane % LINES;
     for (int item = 0; item < items; item++) {
       const int strip = PA_X + item / SPLIT * STRIDE, s = item % STAGES, first = item % SPLIT * WARPS;
@@ -58,18 +65,47 @@
     }
     return;
   }
+  if (warp >= WARPS) {
+    for (int turn = 0; PA_X + turn * STRIDE < strips; turn++) {
+      const float* of_strip = sums + turn % 2 * (WARPS * ROWS * 16);
+      pa_barrier_wait(written + turn % 2, turn / 2 & 1);
+      PA_UNROLL for (int i = lane % OF_STRIP; i < OF_STRIP; i += 32) {
+        const int row = i / OUTPUTS, o = i % OUTPUTS, at = (PA_X + turn * STRIDE) * OUTPUTS + o;
+        float value = 0.0f, up = 0.0f;
+        PA_UNROLL for (int w = 0; w < WARPS; w += SHARES) {
+          const int from = w + lane / OF_STRIP;
+          if (WARPS % SHARES == 0 || from < WARPS) {
+            value += of_strip[(from * ROWS + row) * 16 + o];
+            if (SWIGLU) up += of_strip[(from * ROWS + row) * 16 + o + 8];
+          }
+        }
+        PA_UNROLL for (int mask = OF_STRIP; mask < 32; mask *= 2) {
+          value += PA_XOR(value, mask);
+          if (SWIGLU) up += PA_XOR(up, mask);
+        }
+        if (at >= width || row >= M || lane >= OF_STRIP) continue;
+        value *= FACTOR, up *= FACTOR;
+        if (BIAS && PA_Z == 0) {
+          value += float(bias[at]);
+          if (SWIGLU) up += float(bias[at + width]);
+        }
+        if (SWIGLU) {
+          value = float(T(value));
+          value = float(T(value / (1.0f + PA_EXP2(-1.44269504f * value)))) * float(T(up));
+        }
+        out[((size_t)PA_Z * M + row) * width + at] = O(value);
+      }
+      pa_sync_warp();
+      if (lane == 0) pa_barrier_arrive(added + turn % 2);
+    }
+    return;
+  }
 
   PA_WAIT_FOR_BEFORE();  // only weights are read before, and nothing is written
-  auto keep = [&](int row, int at, Eight values, bool there) {
-    float sum = 0.0f;
-    if (there) {
-      PA_UNROLL for (int e = 0; SUMMED && e < 8; e++) sum += float(values.e[e]);
-      given[(vector_of(at) * ROWS + row) * 4 + lane_of(at)] = arranged(*(const uint4*)&values);
-    }
-    PA_UNROLL for (int mask = GROUP / 16; SUMMED && mask > 0; mask /= 2) sum += PA_XOR(sum, mask);
-    if (SUMMED && there && at % (GROUP / 8) == 0) whole[at / (GROUP / 8) * ROWS + row] = sum;
-  };
-  if constexpr (NORMED) {
+  Own own;
+  if constexpr (DIRECT) {
+    read(own, warp, x + PA_Z * D, K, M);
+  } else if constexpr (NORMED) {
     constexpr int MOST = (D / 8 + THREADS - 1) / THREADS;
     typedef PaVec<B, 8> Parts;
     typedef PaVec<V, 8> Norm;
@@ -119,61 +155,27 @@
       keep(row, part, values, at < COUNT);
     }
   }
-  pa_sync_first<THREADS>();
+  if (!DIRECT) pa_sync_first<THREADS>();
 
-  auto rows_of = [&](int vector) { return given[(vector * ROWS + r % ROWS) * 4 + c]; };
-  auto sum_of = [&](int group, int h) { return whole[group * ROWS + (ROWS == 1 ? 0 : (c * 2 + h) % ROWS)]; };
-  constexpr bool KEPT_SUMS = SUMMED && KEPT && GROUPS <= 4;  // more would take too many registers
-  uint4 own_rows[KEPT ? VECTORS : 1];
-  float own_sums[KEPT_SUMS ? GROUPS : 1][COLUMNS];
-  if constexpr (KEPT) {
-    PA_UNROLL for (int v = 0; v < VECTORS; v++) own_rows[v] = rows_of(warp * VECTORS + v);
-    PA_UNROLL for (int i = 0; KEPT_SUMS && i < GROUPS * COLUMNS; i++) {
-      own_sums[KEPT_SUMS ? i / COLUMNS : 0][i % COLUMNS] = sum_of(warp * GROUPS + i / COLUMNS, i % COLUMNS);
-    }
-  }
-  float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (SAME) recall(own, warp);
+  float acc[SUMS] = {};
   for (int item = 0; item < items; item++) {
     const int s = item % STAGES, unit = item % SPLIT * WARPS + warp;
     const unsigned char* stage = pa_memory + s * STAGE;
     pa_barrier_wait(full + s, item / STAGES & 1);
     if (UNITS % WARPS == 0 || unit < UNITS) {
+      if (!SAME) recall(own, unit);
       multiply_unit(
-          stage, PA_Z * D / UNIT + unit,
-          [&](int v) { return KEPT ? own_rows[KEPT ? v : 0] : rows_of(unit * VECTORS + v); },
-          [&](int g, int h) { return KEPT_SUMS ? own_sums[KEPT_SUMS ? g : 0][h] : sum_of(unit * GROUPS + g, h); }, acc);
+          own, stage, PA_Z * D / UNIT + unit, [&](int v) { return rows_of(own, unit, v); },
+          [&](int g, int h) { return sum_of(own, unit, g, h); }, acc);
     }
     pa_sync_warp();
     if (lane == 0) pa_barrier_arrive(empty + s);
     if (item % SPLIT != SPLIT - 1) continue;
 
-    const int strip = PA_X + item / SPLIT * STRIDE;
-    float* own = sums + item / SPLIT % 2 * (WARPS * ROWS * 16);
-    PA_UNROLL for (int i = 0; i < 4; i++) {
-      const int row = c * 2 + i % 2;
-      if (row < ROWS) own[(warp * ROWS + row) * 16 + i / 2 * 8 + r] = acc[i];
-      acc[i] = 0.0f;
-    }
-    pa_sync_first<THREADS>();
-    constexpr int OUTPUTS = SWIGLU ? 8 : 16;
-    for (int i = index; i < OUTPUTS * ROWS; i += THREADS) {
-      const int row = i / OUTPUTS, o = i % OUTPUTS, at = strip * OUTPUTS + o;
-      if (at < width && row < M) {
-        float value = 0.0f, up = 0.0f;
-        PA_UNROLL for (int w = 0; w < WARPS; w++) {
-          value += own[(w * ROWS + row) * 16 + o];
-          if (SWIGLU) up += own[(w * ROWS + row) * 16 + o + 8];
-        }
-        value *= FACTOR, up *= FACTOR;
-        if (BIAS && PA_Z == 0) {
-          value += float(bias[at]);
-          if (SWIGLU) up += float(bias[at + width]);
-        }
-        if (SWIGLU) {
-          value = float(T(value));
-          value = float(T(value / (1.0f + PA_EXP2(-1.44269504f * value)))) * float(T(up));
-        }
-        out[((size_t)PA_Z * M + row) * width + at] = O(value);
-      }
-    }
+    const int turn = item / SPLIT;
+    if (turn >= 2) pa_barrier_wait(added + turn % 2, (turn / 2 - 1) & 1);
+    finish(acc, sums + (turn % 2 * WARPS + warp) * ROWS * 16);
+    pa_sync_warp();
+    if (lane == 0) pa_barrier_arrive(written + turn % 2);
   }

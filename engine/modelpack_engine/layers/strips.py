@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from modelpack_engine.kernels import launch
+from modelpack_engine.kernels.sources import Body
 from modelpack_engine.layers import blocks, packed
 from modelpack_engine.layers.blocks import BlockType
 from modelpack_engine.layers.dots import Normed
@@ -59,9 +60,13 @@ class Format:
         halves, scales = _UNIT // kind.block * kind.factors * 2, 8 * kind.group_bytes
         return 16 * (planes + sum((units * each + 47) // 16 * 16 for each in (halves, scales)))
 
-    def row_bytes(self, inputs: int) -> int:
-        """Return the bytes of a row in shared memory, with the sums of its groups."""
-        return inputs * 2 + (0 if self.blocks else inputs // self.group_size * 4)
+    def row_bytes(self, inputs: int, rows: int, warps: int) -> int:
+        """Return the bytes of rows in shared memory, with the sums of their groups.
+
+        If each of several rows' units is for one warp, that warp has them in registers.
+        """
+        of_inputs = 0 if rows > 1 and inputs // _UNIT <= warps else 2 * inputs
+        return rows * (of_inputs + (0 if self.blocks else inputs // self.group_size * 4))
 
     @property
     def constants(self) -> list[tuple[str, Any]]:
@@ -89,8 +94,8 @@ class Strips:
 
     @property
     def threads(self) -> int:
-        """The threads of a block: two more warps have the weights copied."""
-        return (self.warps + 2) * 32
+        """The threads of a block: three more warps copy weights, and add up sums."""
+        return (self.warps + 3) * 32
 
 
 def strips_for(x: mx.array, weights: Weights, *, parted: bool = False) -> Strips | None:
@@ -138,8 +143,8 @@ def plan(rows: int, inputs: int, form: Format, *, parted: bool = False) -> Strip
         if warps > _MOST_WARPS:
             continue
         stage = form.stage_bytes(warps)
-        rest = form.row_bytes(own * _UNIT) * kept
-        rest += 2 * warps * kept * 16 * 4 + 64 + 16 * _MOST_STAGES
+        rest = form.row_bytes(own * _UNIT, kept, warps)
+        rest += 2 * warps * kept * 16 * 4 + 96 + 16 * _MOST_STAGES
         for beside in (2, 1) if warps * 2 <= _MOST_WARPS else (1,):
             stages = min(_MOST_STAGES, (_MOST_SHARED // beside - rest) // stage)
             if stages >= 2:
@@ -177,12 +182,13 @@ def _run(
     if normed is not None:
         shapes, dtypes = [*shapes, x.shape], [*dtypes, x.dtype]
         more, norm = normed.parts.dtype, normed.weight.dtype
-    in_blocks = weights.blocks is not None
+    form = Format.of(weights)
+    body: Body = "packed_strips"
     given: Mapping[str, mx.array | None] = weights.inputs()
-    if in_blocks:
-        given = {"weight": weights.weight, "bias": weights.bias}
+    if form.blocks is not None:
+        body, given = "block_strips", {"weight": weights.weight, "bias": weights.bias}
     return launch.run_on_cuda(
-        "block_strips" if in_blocks else "packed_strips",
+        body,
         {
             "x": x, **given,
             "more": None if normed is None else normed.parts,
@@ -192,7 +198,7 @@ def _run(
         without=("total",) if normed is None else (),
         template=[
             ("T", x.dtype), ("O", out_dtype), ("B", more), ("V", norm),
-            *Format.of(weights).constants,
+            *form.constants,
             ("BIAS", weights.bias is not None), ("SWIGLU", swiglu), ("ROWS", strips.rows),
             ("WARPS", strips.warps), ("STAGES", strips.stages), ("STRIDE", stride),
             ("NORMED", normed is not None),
@@ -225,9 +231,9 @@ def random_weights_of(
 
 def _compare(dtype: mx.Dtype, form: Format, rows: int, biased: bool) -> str | None:
     keys = launch.random_keys(17, 3)
-    # With 40, the last stage of a strip is a shorter one; with 42 and 14, factors and scales of
-    # block types do not begin at whole 16 bytes.
-    units = (42 if rows <= 2 else 14) if form.blocks else 40 if rows <= 2 else 16
+    # With 40, the last stage of a strip is a shorter one; with 42, 22 and 14, factors and scales of
+    # block types do not begin at whole 16 bytes. Of 4 rows, a warp multiplies several units.
+    units = {4: 22, 8: 14}.get(rows, 42) if form.blocks else {4: 24, 8: 16}.get(rows, 40)
     outputs, inputs = 16 * 20 + 8, _UNIT * units
     weights, full, bias = random_weights_of(dtype, form, (outputs, inputs), biased=biased)
     a, b = (mx.random.normal((rows, inputs), key=key).astype(dtype) for key in keys[:2])
