@@ -1,13 +1,14 @@
   // Units of weights in GGUF's block types (blocks.h), for strips.h: how they are copied to a stage.
   //   weight [N, words of a row] uint
+  // DIGITS: a lane reads a word at a time of a plane, otherwise all those of 32 weights.
   typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Stored;
   constexpr int UNIT = 256;
   // The bytes of a unit in each plane of a stage: low and high bits of codes, factors and scales. Lines of a plane are
   // as far apart as lets lanes read at the same time; those of factors and scales begin with up to 15 other bytes, as
   // whole 16 bytes are copied.
   constexpr int LOWS = 32 * LOW, HIGHS = 32 * HIGH, HALVES = UNIT / BLOCK * Stored::FACTORS * 2, BYTES = 8 * Stored::BYTES;
-  constexpr int LOW_PITCH = WARPS * LOWS + 16 * LOW;
-  constexpr int HIGH_PITCH = HIGH > 0 ? WARPS * HIGHS + 16 * HIGH : 0;
+  constexpr int LOW_PITCH = WARPS * LOWS + (DIGITS ? 16 : 16 * LOW);
+  constexpr int HIGH_PITCH = HIGH > 0 ? WARPS * HIGHS + (DIGITS ? 16 : 16 * HIGH) : 0;
   constexpr int FACTOR_PITCH = (WARPS * HALVES + 47) / 16 * 16, BYTE_PITCH = (WARPS * BYTES + 47) / 16 * 16;
   constexpr int HIGH_AT = 16 * LOW_PITCH, FACTORS_AT = HIGH_AT + 16 * HIGH_PITCH;
   constexpr int BYTES_AT = FACTORS_AT + 16 * FACTOR_PITCH, STAGE = BYTES_AT + 16 * BYTE_PITCH;

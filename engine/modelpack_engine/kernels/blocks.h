@@ -1,6 +1,7 @@
 // Weights in GGUF's block types, as layers/blocks.py lays them out. A row of K weights has a plane of LOW bits
-// of each code, one of HIGH bits, factors (float16) and scales (bytes). A word of a plane has 32 / BITS codes:
-// those of weights 2 i and 2 i + 1 are at the bits i * BITS and 16 + i * BITS, so that both are read at once.
+// of each code, one of HIGH bits, factors (float16) and scales (bytes). A word of a plane has 32 / BITS codes. Those of
+// weights 2 i and 2 i + 1 are 16 bits apart, so that both are read at once. Pairs i and i + 2 of an eight are 8 bits
+// apart in all planes, so that codes of four weights are read at once, too.
 template <int LOW, int HIGH>
 struct PaBlocks {
   enum { UPPER = HIGH > 0 ? HIGH : 1, LOWS = ((1 << LOW) - 1) * 0x10001, HIGHS = ((1 << HIGH) - 1) * 0x10001 };
@@ -9,11 +10,15 @@ struct PaBlocks {
   // The index of the eight weights of a row at place e of a unit of 32. The order of places differs between units:
   // so lanes with neighbouring units read inputs from different banks at the same time.
   static PA_FUNCTION int eight(int unit, int e) { return unit * 4 + (e ^ (unit >> 1 & 3)); }
+  // Where the code of weight 2 i is in a word of a plane.
+  static PA_FUNCTION int bit(int bits, int i) {
+    return ((i >> 1 & 1) * (8 / bits) + (i >> 2) % (4 / bits) * 2 + (i & 1)) * bits;
+  }
   // The codes of weights 2 i and 2 i + 1 by the words that have them, in two halves.
   static PA_FUNCTION unsigned int codes(unsigned int low, unsigned int high, int i) {
-    const unsigned int found = low >> (i % (16 / LOW) * LOW) & (unsigned int)(LOWS);
+    const unsigned int found = low >> bit(LOW, i) & (unsigned int)(LOWS);
     if (HIGH == 0) return found;
-    const int by = i % (16 / UPPER) * UPPER - LOW;
+    const int by = bit(UPPER, i) - LOW;
     return found | ((by < 0 ? high << (by < 0 ? -by : 0) : high >> (by < 0 ? 0 : by)) & (unsigned int)(HIGHS) << LOW);
   }
   static PA_FUNCTION unsigned int pair(Low low, High high, int i) {
@@ -42,11 +47,13 @@ struct PaScales {
   }
 };
 
-// The 16 values of the codes of IQ4_NL and IQ4_XS (TABLE is 1), or those of MXFP4, doubled (2).
+// The 16 values of the codes of IQ4_NL and IQ4_XS (TABLE is 1), or those of MXFP4, doubled (2): bytes, four in a word.
+template <int TABLE>
+PA_FUNCTION unsigned int pa_four_values(unsigned int four) {
+  if (four < 2u) return four ? (TABLE == 1 ? 0xf6eaddcfu : 0x0c080604u) : (TABLE == 1 ? 0xbfad9881u : 0x03020100u);
+  return four == 2u ? (TABLE == 1 ? 0x26190d01u : 0xfdfeff00u) : (TABLE == 1 ? 0x71594535u : 0xf4f8fafcu);
+}
 template <int TABLE>
 PA_FUNCTION float pa_value_of(unsigned int code) {
-  const unsigned int first = TABLE == 1 ? 0xbfad9881u : 0x03020100u, second = TABLE == 1 ? 0xf6eaddcfu : 0x0c080604u;
-  const unsigned int third = TABLE == 1 ? 0x26190d01u : 0xfdfeff00u, fourth = TABLE == 1 ? 0x71594535u : 0xf4f8fafcu;
-  const unsigned int low = code & 4u ? second : first, high = code & 4u ? fourth : third;
-  return float((int)((code & 8u ? high : low) << (24u - (code & 3u) * 8u)) >> 24);
+  return float((int)(pa_four_values<TABLE>(code >> 2) << (24u - (code & 3u) * 8u)) >> 24);
 }

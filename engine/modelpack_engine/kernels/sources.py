@@ -4,7 +4,7 @@ A body uses only `PA_*` macros, which the preamble defines, and the common subse
 C++. The preamble is inside the function, before the body, since MLX passes those Metal thread
 attributes whose names it finds in the function's source. Tests run the bodies by an emulator on the
 host, a third backend. `prefill`, `grouped`, `product`, `packed`, `packed_row`, `packed_strips`,
-`packed_wide`, `arrange`, `add_norm_arranged`, `block_tiles`, `block_strips`,
+`packed_wide`, `arrange`, `add_norm_arranged`, `block_tiles`, `block_strips`, `digit_strips`,
 `experts`, `experts_wide`, `shrink_wide`, `expand_wide`, `delta_tiles`, `delta_wide`,
 `state_space_wide`, `usable`, `deliver`, `fetch` and `address` are for CUDA only.
 """
@@ -25,7 +25,7 @@ Body = Literal[
     "dequantise", "product", "state_space", "delta_rule", "experts", "route", "dispatch", "combine",
     "draw", "packed", "grouped", "greedy", "usable", "angles", "experts_wide", "packed_strips",
     "packed_wide", "arrange", "add_norm_arranged", "dots", "deliver", "packed_row", "block_dots",
-    "block_tiles", "block_strips", "block_values", "adapters", "adapters_norm",
+    "block_tiles", "block_strips", "digit_strips", "block_values", "adapters", "adapters_norm",
     "shrink_wide", "expand_wide", "convolve", "gated_norm", "linear_attention",
     "delta_tiles", "delta_wide", "state_space_wide", "norm_beside", "accepted", "pick", "address",
     "beside", "gate", "windows", "fetch",
@@ -107,6 +107,7 @@ INPUTS: dict[Body, tuple[str, ...]] = {
     "block_dots": ("x", "weight", "bias", "chosen"),
     "block_tiles": ("x", "weight", "bias", "source", "spans"),
     "block_strips": ("x", "weight", "bias", "more", "norm"),
+    "digit_strips": ("x", "weight", "bias", "more", "norm"),
     "block_values": ("weight",),
     "adapters": ("given", "x", "down", "up", "slots"),
     "shrink_wide": ("x", "down", "slots", "singles"),
@@ -137,6 +138,7 @@ OUTPUTS: dict[Body, tuple[str, ...]] = dict.fromkeys(INPUTS, ("out",)) | {
     "packed_row": ("out", "total"),
     "packed_strips": ("out", "total"),
     "block_strips": ("out", "total"),
+    "digit_strips": ("out", "total"),
     "dispatch": ("source", "place", "sorted", "spans"),
     "greedy": ("token", "next"),
     "draw": ("token", "next"),
@@ -176,6 +178,7 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "rotate_decode": ("rotate_decode", "decode"),
     "block_tiles": ("block_chunk", "block_tiles"),
     "block_strips": ("block_chunk", "block_stage", "block_strips", "float_rows", "strips"),
+    "digit_strips": ("block_stage", "digit_strips", "digit_rows", "strips"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.
@@ -223,13 +226,13 @@ def kernel_source(
     headers = ["common"]
     if body in (
         "prefill", "product", "experts", "experts_wide", "packed", "packed_row", "packed_strips",
-        "packed_wide", "grouped", "block_tiles", "block_strips", "shrink_wide",
+        "packed_wide", "grouped", "block_tiles", "block_strips", "digit_strips", "shrink_wide",
         "expand_wide", "delta_tiles", "delta_wide", "state_space_wide",
     ):  # fmt: skip
         headers.append("tensor_cores")
     if body in ("packed", "packed_row", "packed_strips"):
         headers.append("codes")
-    if body in ("packed_strips", "packed_wide", "block_strips"):
+    if body in ("packed_strips", "packed_wide", "block_strips", "digit_strips"):
         headers.append("barriers")
     if body in ("packed_wide", "experts_wide", "block_tiles", "block_strips"):
         headers.append("codes")
@@ -239,9 +242,11 @@ def kernel_source(
         headers.append("affine")
     if body in ("packed_wide", "arrange", "add_norm_arranged"):
         headers.append("order")
-    if body.startswith("block_"):
+    if body.startswith("block_") or body == "digit_strips":
         headers.append("blocks")
-    if body in ("packed_strips", "block_strips"):
+    if body == "digit_strips":
+        headers.append("planes")
+    if body in ("packed_strips", "block_strips", "digit_strips"):
         headers.append("bounds")
     outputs = tuple(name for name in OUTPUTS[body] if name not in absent)
     before = "".join(ABSENT[name] for name in absent)

@@ -1,5 +1,6 @@
   // Matmuls of up to 8 rows with packed weights of N outputs and K inputs, on tensor cores; CUDA only. The texts before
-  // this one are for a format of weights (packed_strips.h or block_strips.h) and for rows (float_rows.h).
+  // this one are for a format of weights (packed_strips.h, block_strips.h, digit_strips.h) and for rows (float_rows.h,
+  // digit_rows.h).
   //   x [M, K] T (M at most ROWS)   bias [N] T (BIAS)
   //   out [parts, M, N] O: several parts must be added; each is of D inputs
   //   SWIGLU: the first half of weights are gates, and out [M, N / 2] is silu(gate) * other half

@@ -55,6 +55,19 @@ __device__ inline void pa_mma<__half>(
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// Bytes of 16 outputs, signed or not, times 8 columns of signed ones: m16n8k32, products of integers.
+template <bool SIGNED>
+__device__ inline void pa_mma_bytes(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  if constexpr (SIGNED) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
+  } else {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
+  }
+}
 template <typename E>
 __device__ inline unsigned pa_pack(float x, float y) {
   alignas(4) E both[2] = {E(x), E(y)};
@@ -84,6 +97,12 @@ __device__ inline unsigned pa_fma2<__half>(unsigned x, unsigned y, unsigned z) {
   unsigned found;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(found) : "r"(x), "r"(y), "r"(z));
   return found;
+}
+// Four of the eight bytes of two words, by the numbers, below 8, in the lowest four nibbles of `numbers`.
+__device__ inline unsigned pa_pick_bytes(unsigned first, unsigned second, unsigned numbers) {
+  unsigned y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(first), "r"(second), "r"(numbers));
+  return y;
 }
 // (word & mask) | others in one instruction; the compiler takes two.
 __device__ inline unsigned pa_masked(unsigned word, unsigned mask, unsigned others) {

@@ -368,9 +368,16 @@ def order_of_eights(inputs: int) -> mx.array:
     return mx.array(units * 4 + (places ^ units // 2 % 4))
 
 
+def bit_of_pair(bits: int, pair: int) -> int:
+    """Return where the code of the first weight of a pair is (`bit` in kernels/blocks.h)."""
+    return (pair // 2 % 2 * (8 // bits) + pair // 4 % (4 // bits) * 2 + pair % 2) * bits
+
+
 def _codes(plane: mx.array, bits: int) -> mx.array:
     """Return the codes of a plane [rows, words]: [rows, codes]."""
-    shifts = mx.array([i // 2 * bits + i % 2 * 16 for i in range(32 // bits)], mx.uint32)
+    shifts = mx.array(
+        [bit_of_pair(bits, i // 2) + i % 2 * 16 for i in range(32 // bits)], mx.uint32
+    )
     codes = (plane[:, :, None] >> shifts) & ((1 << bits) - 1)
     return codes.reshape(plane.shape[0], -1)
 

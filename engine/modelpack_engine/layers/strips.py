@@ -24,6 +24,8 @@ from modelpack_engine.layers.weights import Weights, random_weights
 #: multiprocessors of a large GPU, the most stages, and the most rows and inputs that are kept.
 _UNIT, _MOST_WARPS, _MOST_SHARED, _PROCESSORS, _MOST_STAGES = 256, 16, 224 << 10, 132, 6
 _MOST_ROWS, _MOST_KEPT = 8, 1 << 15
+#: The most rows of which tensor cores multiply digits with the bytes of block types.
+_MOST_IN_DIGITS = 2
 #: The most inputs of a row that strips norm: its elements are in registers meanwhile.
 MOST_NORMED = 12288
 #: The most parts of the inputs, which the next kernel adds up.
@@ -49,14 +51,20 @@ class Format:
         """The inputs of which a stage has a multiple: copies have whole 16 bytes."""
         return _UNIT if self.blocks else max(_UNIT, self.group_size * 8)
 
-    def stage_bytes(self, units: int) -> int:
+    def in_digits(self, rows: int) -> bool:
+        """Return whether so many rows are multiplied as digits (`kernels/digit_rows.h`)."""
+        return self.blocks is not None and rows <= _MOST_IN_DIGITS
+
+    def stage_bytes(self, units: int, rows: int) -> int:
         """Return the bytes of a stage with so many units of 16 outputs, as the kernels lay it."""
         if (kind := self.blocks) is None:
             codes, scales = units * _UNIT * self.bits // 8, units * _UNIT // self.group_size * 2
             pad = self.group_size * self.bits // 8
             lines = codes + (pad if pad < 128 else 16)
             return 16 * lines + 32 * (scales + 16 * (scales % 32 == 0))
-        planes = sum(units * 32 * bits + 16 * bits for bits in (kind.low, kind.high))
+        pads = [16 if self.in_digits(rows) else 16 * bits for bits in (kind.low, kind.high)]
+        bits = kind.low + kind.high
+        planes = units * 32 * bits + sum(pads if kind.high else pads[:1])
         halves, scales = _UNIT // kind.block * kind.factors * 2, 8 * kind.group_bytes
         return 16 * (planes + sum((units * each + 47) // 16 * 16 for each in (halves, scales)))
 
@@ -65,8 +73,12 @@ class Format:
 
         If each of several rows' units is for one warp, that warp has them in registers.
         """
-        of_inputs = 0 if rows > 1 and inputs // _UNIT <= warps else 2 * inputs
-        return rows * (of_inputs + (0 if self.blocks else inputs // self.group_size * 4))
+        if not self.in_digits(rows):
+            of_inputs = 0 if rows > 1 and inputs // _UNIT <= warps else 2 * inputs
+            return rows * (of_inputs + (0 if self.blocks else inputs // self.group_size * 4))
+        assert self.blocks is not None
+        groups = inputs // self.blocks.group if self.blocks.mins else 0
+        return rows * (inputs + groups) * 4 + -(-rows * (inputs // _UNIT) // 4) * 16
 
     @property
     def constants(self) -> list[tuple[str, Any]]:
@@ -142,7 +154,7 @@ def plan(rows: int, inputs: int, form: Format, *, parted: bool = False) -> Strip
         warps = -(-own // (splits * least)) * least
         if warps > _MOST_WARPS:
             continue
-        stage = form.stage_bytes(warps)
+        stage = form.stage_bytes(warps, kept)
         rest = form.row_bytes(own * _UNIT, kept, warps)
         rest += 2 * warps * kept * 16 * 4 + 96 + 16 * _MOST_STAGES
         for beside in (2, 1) if warps * 2 <= _MOST_WARPS else (1,):
@@ -185,8 +197,12 @@ def _run(
     form = Format.of(weights)
     body: Body = "packed_strips"
     given: Mapping[str, mx.array | None] = weights.inputs()
+    constants = form.constants
     if form.blocks is not None:
-        body, given = "block_strips", {"weight": weights.weight, "bias": weights.bias}
+        in_digits = form.in_digits(strips.rows)
+        body = "digit_strips" if in_digits else "block_strips"
+        given = {"weight": weights.weight, "bias": weights.bias}
+        constants = [*constants, ("DIGITS", in_digits)]
     return launch.run_on_cuda(
         body,
         {
@@ -198,7 +214,7 @@ def _run(
         without=("total",) if normed is None else (),
         template=[
             ("T", x.dtype), ("O", out_dtype), ("B", more), ("V", norm),
-            *form.constants,
+            *constants,
             ("BIAS", weights.bias is not None), ("SWIGLU", swiglu), ("ROWS", strips.rows),
             ("WARPS", strips.warps), ("STAGES", strips.stages), ("STRIDE", stride),
             ("NORMED", normed is not None),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockType, order_of_eights
+from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockType, bit_of_pair, order_of_eights
 from modelpack_engine.models.gguf_file import GGUFTensor
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes, or for those
@@ -95,11 +95,11 @@ def _planes_of_rows(
 
 
 def _plane(codes: mx.array, bits: int) -> mx.array:
-    """Pack codes [rows, ...] to bytes of words, which have codes 2 i at i * bits, 2 i + 1 16 on."""
+    """Pack codes [rows, ...] to bytes of words: the second of a pair is 16 bits after the first."""
     pairs = codes.reshape(codes.shape[0], -1, 16 // bits, 2).astype(mx.uint16)
     halves = pairs[:, :, 0]
     for i in range(1, 16 // bits):
-        halves = halves | pairs[:, :, i] << (i * bits)
+        halves = halves | pairs[:, :, i] << bit_of_pair(bits, i)
     return halves.reshape(codes.shape[0], -1).view(mx.uint8)
 
 

@@ -100,11 +100,11 @@ _TYPES: dict[mx.Dtype, MatmulType] = {mx.float16: "float16", mx.bfloat16: "bfloa
 #: The arrays that one kernel takes the addresses of.
 _AT_ONCE = 8
 #: Kernels that may start while the one before runs: they wait for its end themselves. The first
-#: four read weights until then, and `rotate_decode` numbers, and keys and values of earlier steps.
+#: five read weights until then, and `rotate_decode` numbers, and keys and values of earlier steps.
 EARLY: frozenset[str] = frozenset(
     (
-        "packed_strips", "packed_wide", "block_tiles", "block_strips", "arrange", "rotate",
-        "decode", "rotate_decode", "merge", "add_norm", "add_norm_arranged",
+        "packed_strips", "packed_wide", "block_tiles", "block_strips", "digit_strips", "arrange",
+        "rotate", "decode", "rotate_decode", "merge", "add_norm", "add_norm_arranged",
     )
 )  # fmt: skip
 #: Kernels that may start while this one before runs, and read all but what it writes before they

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -153,7 +154,8 @@ def test_strips_agree_with_mlx(
 def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int) -> None:
     biased = dtype == F16
     assert strips.verdict(dtype, stored(name), rows, biased) is None
-    assert {(body, call["BIAS"]) for body, call in host.calls} == {("block_strips", biased)}
+    body = "digit_strips" if rows <= 2 else "block_strips"
+    assert {(name, call["BIAS"]) for name, call in host.calls} == {(body, biased)}
     assert max(call["STRIDE"] for _, call in host.calls) < 21
 
 
@@ -182,6 +184,12 @@ def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int
         (stored("Q5_K"), 4, ("read_line(chunk, h, ", "read_line(chunk, 0, "), "the product of 4"),
         (stored("Q5_K"), 8, ("eight(vector / 4 * 4 + lane,", "eight(lane,"), "the product of 8"),
         (stored("IQ4_XS"), 4, ("eight / 4 % 4", "eight % 4"), "the product of 4 rows is off"),
+        (Q6_K, 1, ("number[h] * sum[j]", "sum[j]"), "the product of 1 rows is off"),
+        (Q6_K, 2, ("|| half == c / 2", "|| true"), "the product of 2 rows is off"),
+        (stored("Q2_K"), 2, ("c % 2 ? 0.0f : sum", "sum"), "the product of 2 rows is off"),
+        (stored("Q3_K"), 1, ("0x7362", "0x5140"), "the product of 1 rows is off"),
+        (stored("Q5_K"), 1, ("+ 256.0f *", "+ 0.0f *"), "the product of 1 rows is off"),
+        (stored("MXFP4"), 1, ("65536.0f", "1.0f"), "the product of 1 rows is off"),
     ],
 )
 def test_the_verdict_names_wrong_strips(
@@ -196,6 +204,38 @@ def test_the_verdict_names_wrong_strips(
     host.break_by(broken)
     assert str(strips.verdict(BF16, form, rows, True)).startswith(problem)
     assert any(edited)
+
+
+@pytest.mark.parametrize("name", ["Q6_K", "Q5_K", "IQ4_NL"])
+def test_digits_lose_nothing_beside_large_inputs(host: Host, name: str) -> None:
+    """Tensor cores add up integers: sums of float32 in any order are less exact."""
+    form = stored(name)
+    made, full, _ = strips.random_weights_of(BF16, form, (16, 512), biased=False)
+    x = np.random.default_rng(1).normal(size=(2, 512)).astype(np.float32)
+    x[0, 5], x[1, ::3] = 3e4, 1e-20
+    rows = mx.array(x).astype(BF16)
+    plan = strips.plan(2, 512, form)
+    assert plan is not None
+    halves = strips.multiply(rows, made, replace(plan, parts=2, warps=1))
+    assert halves.dtype == F32
+    exact = np.array(rows.astype(F32), np.float64)
+    weight = np.array(full, np.float64)
+    most = 1e-6 * (np.abs(exact) @ np.abs(weight.T))
+    assert np.all(np.abs(np.array(halves.sum(axis=0)) - exact @ weight.T) <= most)
+    assert [body for body, _ in host.calls] == ["digit_strips"]
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
+def test_a_row_that_is_not_finite_does_not_change_another(host: Host, wrong: float) -> None:
+    made, _ = weights(Q6_K)
+    x = mx.random.normal((2, 512), key=mx.random.key(4)).astype(BF16)
+    plan = strips.plan(2, 512, Q6_K)
+    assert plan is not None
+    expected = strips.multiply(x, made, plan)[1]
+    found = strips.multiply(mx.where(mx.arange(1024).reshape(2, 512) == 9, wrong, x), made, plan)
+    assert mx.isnan(found[0]).all()
+    assert mx.array_equal(found[1], expected)
+    assert {body for body, _ in host.calls} == {"digit_strips"}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +263,9 @@ def test_layers_multiply_few_rows_by_strips(
         (matmul.swiglu(x, made), gate * mx.sigmoid(gate) * up),
     ):
         np.testing.assert_allclose(found.astype(F32), wanted, rtol=0.03, atol=0.03)
-    assert {name for name, _ in host.calls} == {body}
+    assert {name for name, _ in host.calls} == {
+        "digit_strips" if (form, rows) == (Q6_K, 1) else body
+    }
 
 
 def test_a_row_of_block_types_is_normed_by_its_matmul(
@@ -239,4 +281,4 @@ def test_a_row_of_block_types_is_normed_by_its_matmul(
     expected = x @ full[:, :-1].T + full[:, -1]
     np.testing.assert_allclose(found[0].astype(F32), expected, rtol=0.02, atol=0.02)
     np.testing.assert_array_equal(found[1].astype(F32), (a + b).astype(F32))
-    assert [name for name, _ in host.calls] == ["block_strips"]
+    assert [name for name, _ in host.calls] == ["digit_strips"]

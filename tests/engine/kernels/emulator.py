@@ -26,8 +26,8 @@ STUBS = Path(__file__).parent / "stubs"
 #: Bodies on tensor cores that stubs stand for.
 ON_TENSOR_CORES: tuple[Body, ...] = (
     "packed", "packed_row", "packed_strips", "packed_wide", "arrange", "add_norm_arranged",
-    "experts_wide", "block_tiles", "block_strips", "shrink_wide", "expand_wide", "delta_tiles",
-    "delta_wide", "state_space_wide",
+    "experts_wide", "block_tiles", "block_strips", "digit_strips", "shrink_wide", "expand_wide",
+    "delta_tiles", "delta_wide", "state_space_wide",
 )  # fmt: skip
 #: Those of rows in order, whose texts are also "codes", "affine" and "order".
 ARRANGED: tuple[Body, ...] = ("packed_wide", "arrange", "add_norm_arranged")
@@ -204,7 +204,9 @@ def _definitions(instances: Sequence[Instance], edit: Edit) -> list[str]:
                 lines.append((STUBS / "tensor.h").read_text())
                 arranged = any(one.body in ARRANGED for one in instances)
                 shared = edit if arranged else unchanged
-                lines += [shared(part, text(part)) for part in ("codes", "affine", "order")]
+                lines += [
+                    shared(part, text(part)) for part in ("codes", "affine", "order", "planes")
+                ]
             lines += [
                 f"template <{first.parameters()}>",
                 f"void {body}(Emu& emu, {arguments}) {{",

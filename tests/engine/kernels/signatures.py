@@ -122,6 +122,10 @@ ELEMENTS: dict[Body, dict[str, str]] = {
         "x": "T", "weight": "uint32_t", "bias": "T", "more": "B", "norm": "V", "out": "O",
         "total": "T",
     },
+    "digit_strips": {
+        "x": "T", "weight": "uint32_t", "bias": "T", "more": "B", "norm": "V", "out": "O",
+        "total": "T",
+    },
     "block_values": {"weight": "uint32_t", "out": "T"},
     "adapters": {"given": "J", "x": "T", "down": "A", "up": "A", "slots": "int", "out": "T"},
     "shrink_wide": {"x": "T", "down": "T", "slots": "int", "singles": "int", "out": "T"},

@@ -135,7 +135,7 @@ def test_kernels_that_are_launched_early_wait(body: Body) -> None:
         code.remove("PA_WAIT_FOR_BEFORE();")
     wait = code.index("if (!EXPERTS) " * (body == "block_tiles") + "PA_WAIT_FOR_BEFORE();")
     before = " ".join(code[:wait])
-    if body in ("packed_strips", "block_strips"):
+    if body in ("packed_strips", "block_strips", "digit_strips"):
         # Weights are copied before. One warp writes what those that have waited tell it to.
         copied, _, added = before.partition("if (warp >= WARPS) {")
         told = "pa_barrier_wait(written"

@@ -86,6 +86,24 @@ void pa_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   });
   pa_emu->simd->barrier.wait();
 }
+template <bool SIGNED>
+void pa_mma_bytes(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  auto* lanes = pa_shown[pa_emu->thread / 32];
+  unsigned* own = lanes[pa_emu->thread & 31];
+  std::memcpy(own, a, 16), own[4] = b0, own[5] = b1;
+  pa_emu->simd->barrier.wait();
+  const int r = (pa_emu->thread & 31) / 4, c = pa_emu->thread % 4;
+  for (int i = 0; i < 4; i++) {
+    const int row = r + i / 2 * 8, n = c * 2 + i % 2;
+    d[i] = 0;
+    for (int k = 0; k < 32; k++) {
+      const unsigned x = lanes[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2] >> k % 4 * 8 & 255;
+      const int y = (signed char)(lanes[n * 4 + k % 16 / 4][4 + k / 16] >> k % 4 * 8);
+      d[i] += (SIGNED ? (signed char)(x) : int(x)) * y;
+    }
+  }
+  pa_emu->simd->barrier.wait();
+}
 // A barrier counts the arrivals and bytes that are to come, and turns when there are none.
 struct PaBarrier {
   short arrivals, missing;
@@ -139,6 +157,10 @@ void pa_sync_first() {
   barrier.wait();
 }
 inline void pa_sync_warp() { pa_emu->simd->barrier.wait(); }
+inline unsigned pa_pick_bytes(unsigned first, unsigned second, unsigned numbers) {
+  for (int i = 0; i < 4; i++) if (numbers >> 4 * i & 8) std::abort();
+  return __byte_perm(first, second, numbers);
+}
 inline unsigned pa_masked(unsigned word, unsigned mask, unsigned others) { return (word & mask) | others; }
 // Four matrices of 8x8 elements, of which each lane shows a line; transposed, a lane gets pairs of a column.
 const uint16_t* pa_lines[8][32];
