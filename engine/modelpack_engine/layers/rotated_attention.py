@@ -7,6 +7,7 @@ their own, which it writes into the pools.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
@@ -22,6 +23,7 @@ from modelpack_engine.kernels.plan import (
     simdgroups,
 )
 from modelpack_engine.kernels.reference import TOLERANCE
+from modelpack_engine.kernels.sources import CONSTANT_BELOW
 from modelpack_engine.layers.kernels import Rotation, rotate_and_write
 
 Norms = tuple[mx.array, mx.array, float]
@@ -138,8 +140,7 @@ def _run(
     values: mx.array | None,
 ) -> mx.array:
     on, rows, split = launch.backend(), positions.shape[0], plan.parts > 1
-    # Not of this step, which the kernel would have to wait for.
-    weights = (rotation.inverse, rotation.inverse) if norms is None else norms[:2]
+    weights = (_no_norm(), _no_norm()) if norms is None else norms[:2]
     value_rows, factors = joint if values is None else values, launch.factors(1.0, None)
     inputs = [
         joint, value_rows, positions, slots, rotation.inverse, *weights, pools.keys, pools.values,
@@ -171,6 +172,15 @@ def _run(
     )
     pools.set_written(token)
     return launch.merge([out, *stats], shape, on, dtype, factors) if split else out
+
+
+@cache
+def _no_norm() -> mx.array:
+    """Return what stands for a norm's weights: no step writes it, so that no kernel waits for it.
+
+    It has so many elements that Metal passes it as it passes weights.
+    """
+    return mx.zeros((CONSTANT_BELOW,), mx.float32)
 
 
 def _compare(shape: AttentionShape, kind: Kind) -> str | None:

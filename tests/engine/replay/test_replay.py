@@ -23,7 +23,7 @@ from modelpack_engine.engine import Engine
 from modelpack_engine.kernels import launch, operations, recording
 from modelpack_engine.kernels.cuda import Compiled, GeneratedKernel
 from modelpack_engine.kernels.recording import Note, NotRecordedError, Transient, recorded
-from modelpack_engine.kernels.sources import kernel_source
+from modelpack_engine.kernels.sources import CONSTANT_BELOW, kernel_source
 from modelpack_engine.layers import adapters, kernels, matmul, packed, packed_wide
 from modelpack_engine.layers.weights import Weights
 from modelpack_engine.models import LoadedModel, ModelFiles, load
@@ -212,6 +212,7 @@ def test_rotation_reads_early_what_earlier_steps_wrote(driver: FakeDriver) -> No
         given = dict(zip(note.source.inputs, note.inputs, strict=True))
         assert id(given["joint"]) in written
         assert not {id(given["q_weight"]), id(given["k_weight"])} & written
+        assert given["q_weight"].size >= CONSTANT_BELOW
 
 
 def test_graphs_run_where_several_steps_decode_in_a_row(driver: FakeDriver) -> None:
