@@ -11,7 +11,7 @@
   float* whole = (float*)(given + D / 2 * ROWS);        // sums of groups
   float* steps = whole + MINS * (D / GROUP * ROWS);     // [UNITS, ROWS] what 1 stands for
   auto keep = [&](int row, int at, Eight values, bool there) {
-    // Blocks of 32 lanes have a unit.
+    // The 32 lanes of a warp have a unit of one row: all of them are there, or none.
     float sum = 0.0f;
     unsigned largest = 0;
     PA_UNROLL for (int e = 0; e < 8; e++) {

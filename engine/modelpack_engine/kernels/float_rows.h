@@ -1,6 +1,8 @@
   // The rows of strips.h as numbers of the type T. The text before has of a unit's weights:
   //   VECTORS: the eights of a row that each of four lanes multiplies   vector_of, lane_of (eight): where they are
-  //   eight_at(vector, lane): which is there   arranged(eight): what is there   SUMMED: there are sums of GROUPS groups of inputs   acc is as pa_mma's
+  //   eight_at(vector, lane): the eight that is there   arranged(values): its values in the order of codes
+  //   SUMMED: sums of groups of inputs are needed, of which a unit has GROUPS
+  //   multiply_unit has sums as pa_mma has them
   constexpr bool KEPT = D / UNIT <= WARPS;                   // a warp multiplies the same inputs always
   constexpr bool KEPT_SUMS = SUMMED && KEPT && GROUPS <= 4;  // more would take too many registers
   constexpr bool DIRECT = KEPT && ROWS > 1;  // it reads them itself, and shared memory has weights instead
@@ -26,6 +28,7 @@
   auto row_at = [&](int vector) { return given[(vector * ROWS + r % ROWS) * 4 + c]; };
   auto sum_at = [&](int group, int h) { return whole[group * ROWS + (ROWS == 1 ? 0 : (c * 2 + h) % ROWS)]; };
   // Keep a unit of M rows that begin so many elements apart.
+  constexpr int OF_GROUP = SUMMED ? VECTORS / GROUPS : 1;  // a lane's eights of a group
   auto read = [&](Own& own, int unit, const T* rows, int apart, int M) {
     const int row = r % ROWS;
     float sum = 0.0f;
@@ -36,9 +39,9 @@
       own.rows[KEPT ? v : 0] = arranged(*(const uint4*)&eight);
       if (!SUMMED) continue;
       PA_UNROLL for (int e = 0; e < 8; e++) sum += float(eight.e[e]);
-      if ((v + 1) % (VECTORS / GROUPS) != 0) continue;
+      if ((v + 1) % OF_GROUP != 0) continue;
       PA_UNROLL for (int mask = 1; mask < 4; mask *= 2) sum += PA_XOR(sum, mask);
-      if (c == 0 && r < ROWS) whole[(unit * GROUPS + v / (VECTORS / GROUPS)) * ROWS + row] = sum;
+      if (c == 0 && r < ROWS) whole[(unit * GROUPS + v / OF_GROUP) * ROWS + row] = sum;
       sum = 0.0f;
     }
     pa_sync_warp();

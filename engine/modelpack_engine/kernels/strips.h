@@ -11,7 +11,7 @@
   // are normed and, if the kernel is launched early, while the one before still runs. A stage has up to WARPS units of
   // inputs of a strip, each of which a warp multiplies. One more warp adds up their sums, so that they need not wait.
   // They have, of weights:
-  //   UNIT: the inputs of a unit   FACTOR: of all sums
+  //   lane, warp, r = lane / 4, c = lane % 4   UNIT: the inputs of a unit   FACTOR: of all sums
   //   STAGE: the bytes of a stage   line_bytes(k, units): those that are copied of a line, from input k on
   //   copy_piece(stage, line, piece, row, k, units, barrier): copies one of four pieces of them, or none
   //   multiply_unit(stage, unit, rows_of, sum_of, acc): adds the products of 16 outputs and all rows to acc
@@ -21,7 +21,6 @@
   //   Own, recall(own, unit): those of a unit, in registers   DIRECT: read(own, unit, rows, apart, M) reads them instead
   //   rows_of(own, unit, v), sum_of(own, unit, group, h): what multiply_unit asks for
   //   SUMS, finish(acc, sums): writes a warp's sums [ROWS, 16], and makes acc zero
-  //   lane, warp, r = lane / 4, c = lane % 4
   constexpr int COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
   constexpr int UNITS = D / UNIT, SPLIT = (UNITS + WARPS - 1) / WARPS;  // units and stages of a strip
   constexpr bool SAME = SPLIT == 1;                         // a warp multiplies the same inputs always
@@ -102,7 +101,8 @@
     return;
   }
 
-  PA_WAIT_FOR_BEFORE();  // only weights are read before, and nothing is written
+  // Only weights are read before, and nothing is written: the warp that adds does so when all others have waited.
+  PA_WAIT_FOR_BEFORE();
   Own own;
   if constexpr (DIRECT) {
     read(own, warp, x + PA_Z * D, K, M);
