@@ -65,6 +65,14 @@ unsigned pa_fma2(unsigned x, unsigned y, unsigned z) {
 }
 // A warp's registers, which its lanes show each other.
 unsigned pa_shown[32][32][6];
+// Show a lane's operands, and return those of all lanes.
+const unsigned (*pa_show(const unsigned (&a)[4], unsigned b0, unsigned b1))[6] {
+  auto* lanes = pa_shown[pa_emu->thread / 32];
+  unsigned* own = lanes[pa_emu->thread & 31];
+  std::memcpy(own, a, 16), own[4] = b0, own[5] = b1;
+  pa_emu->simd->barrier.wait();
+  return lanes;
+}
 template <typename Element>  // of the matrix b, at k and n
 void pa_multiply(float (&d)[4], const unsigned (*lanes)[6], float (*a)(unsigned, int), Element b) {
   const int r = (pa_emu->thread & 31) / 4, c = pa_emu->thread % 4;
@@ -77,10 +85,7 @@ void pa_multiply(float (&d)[4], const unsigned (*lanes)[6], float (*a)(unsigned,
 }
 template <typename E>
 void pa_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  auto* lanes = pa_shown[pa_emu->thread / 32];
-  unsigned* own = lanes[pa_emu->thread & 31];
-  std::memcpy(own, a, 16), own[4] = b0, own[5] = b1;
-  pa_emu->simd->barrier.wait();
+  const auto* lanes = pa_show(a, b0, b1);
   pa_multiply(d, lanes, pa_half_of<E>, [&](int k, int n) {
     return pa_half_of<E>(lanes[n * 4 + k % 8 / 2][4 + k / 8], k % 2);
   });
@@ -88,10 +93,7 @@ void pa_mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 }
 template <bool SIGNED>
 void pa_mma_bytes(int (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  auto* lanes = pa_shown[pa_emu->thread / 32];
-  unsigned* own = lanes[pa_emu->thread & 31];
-  std::memcpy(own, a, 16), own[4] = b0, own[5] = b1;
-  pa_emu->simd->barrier.wait();
+  const auto* lanes = pa_show(a, b0, b1);
   const int r = (pa_emu->thread & 31) / 4, c = pa_emu->thread % 4;
   for (int i = 0; i < 4; i++) {
     const int row = r + i / 2 * 8, n = c * 2 + i % 2;
