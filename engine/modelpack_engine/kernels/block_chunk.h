@@ -1,8 +1,6 @@
   // A chunk of 128 inputs of 16 outputs in a block type (blocks.h), and its products on tensor cores; CUDA only. Lane
   // (r, c) has the 32 weights from c * 32 on of outputs r and r + 8, and as many inputs of row r of each eight rows.
   // Sums may have any order, so the tensor cores' inputs 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 are four of these 32.
-  typedef PaBlocks<LOW, HIGH> Codes;
-  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef PaScaled<T, ZERO, (TABLE > 0)> Scaled;
   struct Chunk {
     typename Codes::Low low[2];

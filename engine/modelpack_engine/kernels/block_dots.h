@@ -4,14 +4,11 @@
   //   EACH: weight [experts, N, words]   bias [experts, N]   chosen [M * EACH] uint   out [M * EACH, N]
   //   LOW, HIGH, GROUP, BLOCK, SCALED, MINS, EXPONENTS: of the type; a code stands for code - ZERO, or with a TABLE,
   //   for one of 16 values
-  typedef PaBlocks<LOW, HIGH> Codes;
-  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef typename Codes::Low Low;
   typedef typename Codes::High High;
   typedef PaVec<T, 8> Eight;
   // Codes are read with OFFSET added, which saves a subtraction for each.
   constexpr int FACTORS = Scales::FACTORS, OFFSET = TABLE ? 0 : 128;
-  constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
   const int M = x_shape[0] * (EACH ? EACH : 1), K = x_shape[1], units = K / 32;
   const int N = weight_shape[EACH ? 1 : 0], words = weight_shape[EACH ? 2 : 1];
   const int lane = PA_LANE, first = (PA_X * NSG + PA_SIMD) * LINES, row0 = PA_Y * ROWS;
@@ -43,7 +40,7 @@
         const int block = unit / (BLOCK / 32) * FACTORS;
         factor[a][l] = there >= units ? 0.0f : EXPONENTS ? 1.0f : float(given[block]);
         least[a][l] = MINS && there < units ? float(given[block + 1]) : 0.0f;
-        bytes[a][l] = !SCALED ? 0u : TWO ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
+        bytes[a][l] = !SCALED ? 0u : Scales::BYTES == 2 ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
                                          : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
       }
     }

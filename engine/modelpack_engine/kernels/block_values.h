@@ -1,12 +1,9 @@
   // The values of weights in GGUF's block types (blocks.h): each thread writes eight consecutive ones, and
   // threadgroups of NSG simdgroups follow each other along the rows.
   //   weight [N, words of a row] uint   out [N, K] T
-  typedef PaBlocks<LOW, HIGH> Codes;
-  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   typedef PaVec<T, 8> Eight;
   constexpr int FACTORS = Scales::FACTORS, THREADS = NSG * 32;
-  constexpr bool TWO = GROUP == 16 || MINS;  // bytes of 32 weights
-  constexpr int BYTES = BLOCK * (LOW + HIGH) / 8 + FACTORS * 2 + (SCALED ? BLOCK / 32 * (TWO ? 2 : 1) : 0);
+  constexpr int BYTES = BLOCK * (LOW + HIGH) / 8 + FACTORS * 2 + BLOCK / 32 * Scales::BYTES;
   const int words = weight_shape[1], K = words * 4 / BYTES * BLOCK, highs = K / 32 * LOW;
   const int factors = highs + K / 32 * HIGH, bytes_at = K / BLOCK * FACTORS;
   const int groups = (K / 8 + THREADS - 1) / THREADS, row = PA_X / groups;
@@ -15,7 +12,7 @@
     const PA_DEVICE unsigned int* line = weight + (size_t)row * words;
     const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
     const int unit = eight / 4, block = unit / (BLOCK / 32) * FACTORS;
-    const unsigned int bytes = !SCALED ? 0u : TWO ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
+    const unsigned int bytes = !SCALED ? 0u : Scales::BYTES == 2 ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
                                                   : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
     const int part = eight % 4 * 8 / GROUP;
     const float scale = Scales::scale(EXPONENTS ? 1.0f : float(given[block]), bytes, part);

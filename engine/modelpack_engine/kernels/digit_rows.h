@@ -2,11 +2,8 @@
   // and the others' bits below it are cut off. Tensor cores multiply bytes of 32 weights by columns of digits. If groups
   // have 16 weights (SIDES is 2), half of the columns are for each group, and the other group's inputs are 0 there.
   constexpr int SIDES = 32 / GROUP, TILES = (ROWS * SIDES + 1) / 2, SUMS = TILES * 2;
-  constexpr bool KEPT = D / UNIT <= WARPS;  // a warp multiplies the same inputs always
-  constexpr bool DIRECT = false;            // what one warp reads is of use for others, too
-  constexpr int ROWS_BYTES = D * ROWS * 4 + MINS * (D / GROUP * ROWS) * 4 + (D / UNIT * ROWS + 3) / 4 * 16;
-  typedef PaVec<T, 8> Eight;
-  extern __shared__ __align__(1024) unsigned char pa_memory[];
+  constexpr bool DIRECT = false;  // what one warp reads is of use for others, too
+  constexpr int ROWS_BYTES = D * ROWS * 4 + MINS * (D / GROUP * ROWS) * 4 + (UNITS * ROWS + 3) / 4 * 16;
   uint2* given = (uint2*)(pa_memory + STAGES * STAGE);  // [D / 8, ROWS, digits], for each the bytes of eight inputs
   float* whole = (float*)(given + D / 2 * ROWS);        // sums of groups
   float* steps = whole + MINS * (D / GROUP * ROWS);     // [UNITS, ROWS] what 1 stands for

@@ -1,7 +1,5 @@
   // Weights in GGUF's block types, for strips.h, as bytes: codes are the highest bits of a byte, or a TABLE has the byte.
   // Rows are digits (digit_rows.h); sums are integers until factors are multiplied.
-  typedef PaBlocks<LOW, HIGH> Codes;
-  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
   constexpr int BITS = LOW + HIGH, SHIFT = TABLE ? 0 : 8 - BITS;
   constexpr bool SIGNED = TABLE || ZERO, IN_TURN = TABLE > 0, WHOLE = SCALED && !EXPONENTS;
   constexpr float FACTOR = 1.0f;

@@ -3,13 +3,10 @@
   //   eight_at(vector, lane): the eight that is there   arranged(values): its values in the order of codes
   //   SUMMED: sums of groups of inputs are needed, of which a unit has GROUPS
   //   multiply_unit has sums as pa_mma has them
-  constexpr bool KEPT = D / UNIT <= WARPS;                   // a warp multiplies the same inputs always
   constexpr bool KEPT_SUMS = SUMMED && KEPT && GROUPS <= 4;  // more would take too many registers
   constexpr bool DIRECT = KEPT && ROWS > 1;  // it reads them itself, and shared memory has weights instead
   constexpr int COLUMNS = ROWS == 1 ? 1 : 2, SUMS = 4;       // the rows that a lane has sums of
   constexpr int ROWS_BYTES = (DIRECT ? 0 : D * ROWS * 2) + SUMMED * (D / GROUP * ROWS) * 4;
-  typedef PaVec<T, 8> Eight;
-  extern __shared__ __align__(1024) unsigned char pa_memory[];
   uint4* given = (uint4*)(pa_memory + STAGES * STAGE);  // the rows, in the order in which lanes read them
   float* whole = (float*)(given + (DIRECT ? 0 : D / 8 * ROWS));  // sums of their groups
   auto keep = [&](int row, int at, Eight values, bool there) {

@@ -1,6 +1,6 @@
   // Affine quantised weights of 4 or 8 BITS, for strips.h: codes are multiplied, and sums of a group are scaled.
   //   weight [N, K * BITS / 32] uint, low bits first   scales, biases [N, K / GROUP] T
-  constexpr int UNIT = 256, VECTORS = 8, GROUPS = UNIT / GROUP, AT_A_TIME = GROUPS < 4 ? GROUPS : 4;
+  constexpr int VECTORS = 8, GROUPS = UNIT / GROUP, AT_A_TIME = GROUPS < 4 ? GROUPS : 4;
   constexpr int BYTES = UNIT * BITS / 8, PART = GROUP * BITS / 8;  // of a unit and of a group
   constexpr int PIECE = PART / 4, WORDS = PIECE / 4;   // bytes and words that a lane reads of a group
   constexpr int EIGHTS = GROUP / 8, RUN = EIGHTS / 4;  // eights of inputs of a group, and of a lane
@@ -9,7 +9,6 @@
   constexpr int SCALE_PITCH = SCALES / 16 % 2 ? SCALES : SCALES + 16;
   constexpr int STAGE = 16 * PITCH + 32 * SCALE_PITCH;
   constexpr bool SUMMED = true;
-  const int lane = PA_LANE, warp = PA_SIMD, r = lane / 4, c = lane % 4;
   constexpr float FACTOR = 1.0f;
   typedef PaPairs<T, BITS> Pairs;
   auto line_bytes = [&](int, int units) { return units * (BYTES + 4 * GROUPS); };

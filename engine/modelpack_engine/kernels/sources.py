@@ -174,11 +174,21 @@ PARTS: dict[Body, tuple[str, ...]] = {
     "adapters_norm": ("shrink", "expand", "add_norm", "normed", "in_rows"),
     "expand_wide": ("chunks", "expand_wide"),
     "delta_wide": ("delta_rule", "delta_wide"),
-    "packed_strips": ("packed_strips", "float_rows", "strips"),
+    "packed_strips": ("units", "packed_strips", "float_rows", "strips"),
     "rotate_decode": ("rotate_decode", "decode"),
-    "block_tiles": ("block_chunk", "block_tiles"),
-    "block_strips": ("block_chunk", "block_stage", "block_strips", "float_rows", "strips"),
-    "digit_strips": ("block_stage", "digit_strips", "digit_rows", "strips"),
+    "block_dots": ("stored", "block_dots"),
+    "block_values": ("stored", "block_values"),
+    "block_tiles": ("stored", "block_chunk", "block_tiles"),
+    "block_strips": (
+        "units",
+        "stored",
+        "block_chunk",
+        "block_stage",
+        "block_strips",
+        "float_rows",
+        "strips",
+    ),
+    "digit_strips": ("units", "stored", "block_stage", "digit_strips", "digit_rows", "strips"),
 }
 
 #: MLX binds inputs with fewer elements in Metal's constant address space.

@@ -1,6 +1,6 @@
   // Matmuls of up to 8 rows with packed weights of N outputs and K inputs, on tensor cores; CUDA only. The texts before
   // this one are for a format of weights (packed_strips.h, block_strips.h, digit_strips.h) and for rows (float_rows.h,
-  // digit_rows.h).
+  // digit_rows.h), after what they have in common (units.h).
   //   x [M, K] T (M at most ROWS)   bias [N] T (BIAS)
   //   out [parts, M, N] O: several parts must be added; each is of D inputs
   //   SWIGLU: the first half of weights are gates, and out [M, N / 2] is silu(gate) * other half
@@ -11,20 +11,18 @@
   // are normed and, if the kernel is launched early, while the one before still runs. A stage has up to WARPS units of
   // inputs of a strip, each of which a warp multiplies. One more warp adds up their sums, so that they need not wait.
   // They have, of weights:
-  //   lane, warp, r = lane / 4, c = lane % 4   UNIT: the inputs of a unit   FACTOR: of all sums
+  //   FACTOR: of all sums
   //   STAGE: the bytes of a stage   line_bytes(k, units): those that are copied of a line, from input k on
   //   copy_piece(stage, line, piece, row, k, units, barrier): copies one of four pieces of them, or none
   //   multiply_unit(stage, unit, rows_of, sum_of, acc): adds the products of 16 outputs and all rows to acc
   // and of rows:
-  //   ROWS_BYTES: of shared memory, after the stages   Eight: eight inputs
+  //   ROWS_BYTES: of shared memory, after the stages
   //   keep(row, at, values, there): keeps eight inputs there, if any, for all warps
   //   Own, recall(own, unit): those of a unit, in registers   DIRECT: read(own, unit, rows, apart, M) reads them instead
   //   rows_of(own, unit, v), sum_of(own, unit, group, h): what multiply_unit asks for
   //   SUMS, finish(acc, sums): writes a warp's sums [ROWS, 16], and makes acc zero
   constexpr int COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
-  constexpr int UNITS = D / UNIT, SPLIT = (UNITS + WARPS - 1) / WARPS;  // units and stages of a strip
-  constexpr bool SAME = SPLIT == 1;                         // a warp multiplies the same inputs always
-  constexpr int OUTPUTS = SWIGLU ? 8 : 16;                  // of a strip
+  constexpr int SPLIT = (UNITS + WARPS - 1) / WARPS, OUTPUTS = SWIGLU ? 8 : 16;  // stages and outputs of a strip
   constexpr int OF_STRIP = OUTPUTS * ROWS, SHARES = OF_STRIP < 32 ? 32 / OF_STRIP : 1;  // lanes that add up an output
   float* sums = (float*)(pa_memory + STAGES * STAGE + ROWS_BYTES);  // [2, WARPS, ROWS, 16]
   float* partial = sums + 2 * WARPS * ROWS * 16;
@@ -158,14 +156,14 @@
   }
   if (!DIRECT) pa_sync_first<THREADS>();
 
-  if (SAME) recall(own, warp);
+  if (KEPT) recall(own, warp);
   float acc[SUMS] = {};
   for (int item = 0; item < items; item++) {
     const int s = item % STAGES, unit = item % SPLIT * WARPS + warp;
     const unsigned char* stage = pa_memory + s * STAGE;
     pa_barrier_wait(full + s, item / STAGES & 1);
     if (UNITS % WARPS == 0 || unit < UNITS) {
-      if (!SAME) recall(own, unit);
+      if (!KEPT) recall(own, unit);
       multiply_unit(
           own, stage, PA_Z * D / UNIT + unit, [&](int v) { return rows_of(own, unit, v); },
           [&](int g, int h) { return sum_of(own, unit, g, h); }, acc);

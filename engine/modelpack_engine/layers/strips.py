@@ -62,9 +62,12 @@ class Format:
             pad = self.group_size * self.bits // 8
             lines = codes + (pad if pad < 128 else 16)
             return 16 * lines + 32 * (scales + 16 * (scales % 32 == 0))
-        pads = [16 if self.in_digits(rows) else 16 * bits for bits in (kind.low, kind.high)]
-        bits = kind.low + kind.high
-        planes = units * 32 * bits + sum(pads if kind.high else pads[:1])
+        in_digits = self.in_digits(rows)
+        planes = sum(
+            units * 32 * bits + (16 if in_digits else 16 * bits)
+            for bits in (kind.low, kind.high)
+            if bits
+        )
         halves, scales = _UNIT // kind.block * kind.factors * 2, 8 * kind.group_bytes
         return 16 * (planes + sum((units * each + 47) // 16 * 16 for each in (halves, scales)))
 

@@ -1,0 +1,3 @@
+  // A block type (blocks.h), by the template arguments.
+  typedef PaBlocks<LOW, HIGH> Codes;
+  typedef PaScales<GROUP, SCALED, MINS, EXPONENTS> Scales;
