@@ -46,7 +46,7 @@ from mlx_lm.generate import generate_step
 from modelpack_engine.engine import Engine
 from modelpack_engine.layers import blocks, matmul
 from modelpack_engine.layers.weights import Weights
-from modelpack_engine.models import gguf_planes
+from modelpack_engine.models import planes
 from modelpack_engine.models.gguf import GGUFLoader
 from modelpack_engine.models.gguf_file import GGUFFile
 from modelpack_engine.models.precision import Precision, evaluate
@@ -190,7 +190,7 @@ def measure_engine(
     })  # fmt: skip
 
 
-KEEP = {"none": (), "some": gguf_planes.KEPT_ON_CUDA, "all": tuple(blocks.BLOCK_TYPES)}
+KEEP = {"none": (), "some": planes.KEPT_ON_CUDA, "all": tuple(blocks.BLOCK_TYPES)}
 
 
 def load_gguf(path: Path, keep: str) -> Any:

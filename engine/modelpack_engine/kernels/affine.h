@@ -32,27 +32,34 @@ struct PaAffine<__nv_bfloat16, BITS> {
     return pa_fma2<__nv_bfloat16>(pa_bits_of_pair<BITS>(word, pair), high ? scales_of_high : scales, biases);
   }
 };
-// The weights of a group, divided by WHOLE: (number - ZERO) * scale + offset, of pairs of codes below 128, or of VALUES.
-// The caller multiplies scales by GAIN and offsets by LOSS. If ZERO is not 0, it is a power of two, and there is no offset.
-template <typename E, int ZERO, bool VALUES>
+// The weights of a group, divided by WHOLE: (number - ZERO) * scale + offset, of pairs of codes below 128, of values, or of
+// floats whose bits begin at PLACE of a number. The caller multiplies scales by GAIN and offsets by LOSS. If ZERO is not 0,
+// it is a power of two, and there is no offset.
+enum { PA_CODES, PA_VALUES, PA_FLOATS };
+template <typename E, int ZERO, int NUMBERS>
 struct PaScaled {  // __half
   static_assert((ZERO & (ZERO - 1)) == 0, "times a scale, it would be rounded");
-  static constexpr float WHOLE = 1.0f, GAIN = 1.0f, LOSS = 1.0f;
+  // Floats are 2^-14 times as large as they should be.
+  static constexpr float WHOLE = NUMBERS == PA_FLOATS ? 128.0f : 1.0f, GAIN = WHOLE, LOSS = 1.0f;
+  static constexpr int PLACE = 9;
   unsigned scales, offsets;
   PaScaled() = default;
   __device__ PaScaled(float scale, float offset) : scales(pa_pack<E>(scale, scale)) {
     offsets = ZERO ? pa_fma2<E>(scales, pa_pack<E>(-ZERO, -ZERO), 0x80008000u) : pa_pack<E>(offset, offset);
   }
   __device__ unsigned weights(unsigned numbers) const {
-    if (VALUES) return pa_fma2<E>(numbers, scales, offsets);
+    if (NUMBERS != PA_CODES) return pa_fma2<E>(numbers, scales, offsets);
     return pa_affine<E>(numbers | 0x64006400u, 0x64006400u, scales, offsets);  // 1024 + code
   }
 };
-template <int ZERO, bool VALUES>
-struct PaScaled<__nv_bfloat16, ZERO, VALUES> {
+template <int ZERO, int NUMBERS>
+struct PaScaled<__nv_bfloat16, ZERO, NUMBERS> {
   static_assert((ZERO & (ZERO - 1)) == 0, "times a scale, it would be rounded");
   static constexpr float WHOLE = PaAffine<__nv_bfloat16, 4>::WHOLE, LOSS = 1.0f / WHOLE;
-  static constexpr float GAIN = VALUES ? LOSS : 2535301200456458802993406410752.0f;  // 2^101
+  // 2^101 for codes, 2^94 for floats, which are 2^-126 times as large as they should be
+  static constexpr float GAIN = NUMBERS == PA_VALUES ? LOSS : NUMBERS == PA_CODES ? 2535301200456458802993406410752.0f
+                                                                               : 19807040628566084398385987584.0f;
+  static constexpr int PLACE = 6;
   unsigned scales, offsets;
   PaScaled() = default;
   __device__ PaScaled(float scale, float offset) : scales(pa_pack<__nv_bfloat16>(scale, scale)) {

@@ -2,13 +2,13 @@
   // LINES outputs of ROWS rows. With EACH > 0, weights are those of experts, a row has EACH of them, and ROWS is 1.
   //   x [M, K] T   weight [N, words of a row] uint   bias [N] T (BIAS)   out [M, N] O
   //   EACH: weight [experts, N, words]   bias [experts, N]   chosen [M * EACH] uint   out [M * EACH, N]
-  //   LOW, HIGH, GROUP, BLOCK, SCALED, MINS, EXPONENTS: of the type; a code stands for code - ZERO, or with a TABLE,
-  //   for one of 16 values
+  //   LOW, HIGH, GROUP, BLOCK, SCALED, MINS, EXPONENT: of the type; a code stands for code - ZERO, or with a TABLE or
+  //   EXPONENT, for one of 16 values
   typedef typename Codes::Low Low;
   typedef typename Codes::High High;
   typedef PaVec<T, 8> Eight;
   // Codes are read with OFFSET added, which saves a subtraction for each.
-  constexpr int FACTORS = Scales::FACTORS, OFFSET = TABLE ? 0 : 128;
+  constexpr int FACTORS = Scales::FACTORS, OFFSET = VALUES ? 0 : 128;
   const int M = x_shape[0] * (EACH ? EACH : 1), K = x_shape[1], units = K / 32;
   const int N = weight_shape[EACH ? 1 : 0], words = weight_shape[EACH ? 2 : 1];
   const int lane = PA_LANE, first = (PA_X * NSG + PA_SIMD) * LINES, row0 = PA_Y * ROWS;
@@ -16,8 +16,8 @@
   const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
   const int bytes_at = K / BLOCK * FACTORS;
   PA_SHARED(float, values, 16);
-  if (TABLE) {
-    if (PA_SIMD == 0 && lane < 16) values[lane] = pa_value_of<TABLE>(lane);
+  if (VALUES) {
+    if (PA_SIMD == 0 && lane < 16) values[lane] = pa_value_of<(EXPONENT > 0)>(lane);
     PA_SYNC();
   }
   float sum[LINES][ROWS];
@@ -38,7 +38,7 @@
         if (HIGH > 0) high[a][l] = ((const PA_DEVICE High*)(line + highs))[unit];
         const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
         const int block = unit / (BLOCK / 32) * FACTORS;
-        factor[a][l] = there >= units ? 0.0f : EXPONENTS ? 1.0f : float(given[block]);
+        factor[a][l] = there >= units ? 0.0f : EXPONENT ? 1.0f : float(given[block]);
         least[a][l] = MINS && there < units ? float(given[block + 1]) : 0.0f;
         bytes[a][l] = !SCALED ? 0u : Scales::BYTES == 2 ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
                                          : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
@@ -60,7 +60,7 @@
           const Eight eight = ((const PA_DEVICE Eight*)x)[row * (K / 8) + Codes::eight(unit, e)];
           PA_UNROLL for (int i = 0; i < 8; i++) {
             value[r][i] = float(eight.e[i]);
-            if (!TABLE || MINS) whole[r] += value[r][i];
+            if (!VALUES || MINS) whole[r] += value[r][i];
           }
         }
         PA_UNROLL for (int l = 0; l < LINES; l++) {
@@ -68,8 +68,8 @@
             const unsigned int two = Codes::pair(low[a][l], high[a][l], e * 4 + i);
             // 128 + code, as the bits of bfloat16
             const unsigned int bits = two | 0x43004300u;
-            const float one = TABLE ? values[two & 15u] : pa_float(bits << 16);
-            const float other = TABLE ? values[two >> 16] : pa_float(bits & 0xffff0000u);
+            const float one = VALUES ? values[two & 15u] : pa_float(bits << 16);
+            const float other = VALUES ? values[two >> 16] : pa_float(bits & 0xffff0000u);
             PA_UNROLL for (int r = 0; r < ROWS; r++) {
               dot[l][r] += one * value[r][2 * i] + other * value[r][2 * i + 1];
             }
@@ -80,7 +80,7 @@
             const float offset = Scales::offset(least[a][l], bytes[a][l], part) - float(OFFSET + ZERO) * scale;
             PA_UNROLL for (int r = 0; r < ROWS; r++) {
               sum[l][r] += scale * dot[l][r];
-              if (!TABLE || MINS) sum[l][r] += offset * whole[r];
+              if (!VALUES || MINS) sum[l][r] += offset * whole[r];
             }
           }
         }

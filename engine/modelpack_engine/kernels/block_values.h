@@ -15,15 +15,15 @@
     const unsigned int bytes = !SCALED ? 0u : Scales::BYTES == 2 ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
                                                   : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
     const int part = eight % 4 * 8 / GROUP;
-    const float scale = Scales::scale(EXPONENTS ? 1.0f : float(given[block]), bytes, part);
+    const float scale = Scales::scale(EXPONENT ? 1.0f : float(given[block]), bytes, part);
     const float offset = Scales::offset(MINS ? float(given[block + 1]) : 0.0f, bytes, part);
     Eight y;
     PA_UNROLL for (int i = 0; i < 4; i++) {
       const int pair = eight * 4 + i;
       const unsigned int high = HIGH > 0 ? line[highs + pair * HIGH / 16] : 0u;
       const unsigned int two = Codes::codes(line[pair * LOW / 16], high, pair);
-      const float one = TABLE ? pa_value_of<TABLE>(two & 15u) : float((int)(two & 255u) - ZERO);
-      const float other = TABLE ? pa_value_of<TABLE>(two >> 16) : float((int)(two >> 16) - ZERO);
+      const float one = VALUES ? pa_value_of<(EXPONENT > 0)>(two & 15u) : float((int)(two & 255u) - ZERO);
+      const float other = VALUES ? pa_value_of<(EXPONENT > 0)>(two >> 16) : float((int)(two >> 16) - ZERO);
       y.e[2 * i] = T(scale * one + offset);
       y.e[2 * i + 1] = T(scale * other + offset);
     }

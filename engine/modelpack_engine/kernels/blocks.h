@@ -2,7 +2,8 @@
 // of each code, one of HIGH bits, factors (float16) and scales (bytes). A word of a plane has 32 / BITS codes. Those of
 // weights 2 i and 2 i + 1 are 16 bits apart, so that both are read at once. Pairs i and i + 2 of an eight are 8 bits
 // apart in all planes, so that codes of four weights are read at once, too.
-template <int LOW, int HIGH>
+// Of FLOATS, the signs of a pair are apart from the other bits (`place`).
+template <int LOW, int HIGH, bool FLOATS>
 struct PaBlocks {
   enum { UPPER = HIGH > 0 ? HIGH : 1, LOWS = ((1 << LOW) - 1) * 0x10001, HIGHS = ((1 << HIGH) - 1) * 0x10001 };
   typedef PaVec<unsigned int, LOW> Low;     // of 32 weights
@@ -14,8 +15,12 @@ struct PaBlocks {
   static PA_FUNCTION int bit(int bits, int i) {
     return ((i >> 1 & 1) * (8 / bits) + (i >> 2) % (4 / bits) * 2 + (i & 1)) * bits;
   }
+  // Where the exponent and mantissa of the float of weight 2 i are in a word, and its sign.
+  static PA_FUNCTION int place(int i) { return i % 4 == 3 ? 9 : 6 - i % 4 * 3; }
+  static PA_FUNCTION int sign(int i) { return i % 4 < 2 ? 15 - i % 4 * 3 : 16 - i % 4; }
   // The codes of weights 2 i and 2 i + 1 by the words that have them, in two halves.
   static PA_FUNCTION unsigned int codes(unsigned int low, unsigned int high, int i) {
+    if (FLOATS) return (low >> place(i) & 0x70007u) | (low >> (sign(i) - 3) & 0x80008u);
     const unsigned int found = low >> bit(LOW, i) & (unsigned int)(LOWS);
     if (HIGH == 0) return found;
     const int by = bit(UPPER, i) - LOW;
@@ -26,17 +31,26 @@ struct PaBlocks {
   }
 };
 
+// A float of 8 bits, four of them the exponent.
+PA_FUNCTION float pa_small_float(unsigned int bits) {
+  const unsigned int size = bits & 127u;
+  const float found = size < 8u ? float(size) * 0.001953125f : pa_float((size << 20) + 0x3c000000u);
+  return bits > 127u ? -found : found;
+}
+
 // The scales and offsets of groups: the factor of a BLOCK of weights, times a number of a group if it is SCALED.
 // The two bytes of 32 weights are numbers of two groups of 16 (with MINS, two of four bits each), or of a scale and
 // an offset.
-// EXPONENTS: there are no factors, and a group's byte is the exponent of its scale, plus 128.
-template <int GROUP, bool SCALED, bool MINS, bool EXPONENTS>
+// EXPONENT: weights are floats (E2M1), there are no factors, and a group's byte is a scale with so many bits of exponent:
+// 8 (E8M0) or 4 (E4M3).
+template <int GROUP, bool SCALED, bool MINS, int EXPONENT>
 struct PaScales {
   // The factors of a block, and the bytes of 32 weights.
-  enum { FACTORS = EXPONENTS ? 0 : MINS ? 2 : 1, BYTES = !SCALED ? 0 : GROUP == 16 || MINS ? 2 : 1 };
+  enum { FACTORS = EXPONENT ? 0 : MINS ? 2 : 1, BYTES = !SCALED ? 0 : GROUP == 16 || MINS ? 2 : 1 };
   static PA_FUNCTION float scale(float factor, unsigned int bytes, int part) {
     if (!SCALED) return factor;
-    if (EXPONENTS) return factor * pa_float(bytes > 1u ? (bytes - 1u) << 23 : 0x200000u << bytes);
+    if (EXPONENT == 8) return factor * pa_float(bytes ? bytes << 23 : 0x400000u);
+    if (EXPONENT == 4) return factor * pa_small_float(bytes >> (8 * part) & 255u);
     if (MINS) return factor * float(GROUP == 16 ? bytes >> (8 * part) & 15u : bytes & 255u);
     return factor * float((signed char)(bytes >> 8 * part));
   }
@@ -47,13 +61,15 @@ struct PaScales {
   }
 };
 
-// The 16 values of the codes of IQ4_NL and IQ4_XS (TABLE is 1), or those of MXFP4, doubled (2): bytes, four in a word.
-template <int TABLE>
+// The 16 values of the codes of IQ4_NL and IQ4_XS: bytes, four in a word.
 PA_FUNCTION unsigned int pa_four_values(unsigned int four) {
-  if (four < 2u) return four ? (TABLE == 1 ? 0xf6eaddcfu : 0x0c080604u) : (TABLE == 1 ? 0xbfad9881u : 0x03020100u);
-  return four == 2u ? (TABLE == 1 ? 0x26190d01u : 0xfdfeff00u) : (TABLE == 1 ? 0x71594535u : 0xf4f8fafcu);
+  return four < 2u ? (four ? 0xf6eaddcfu : 0xbfad9881u) : (four == 2u ? 0x26190d01u : 0x71594535u);
 }
-template <int TABLE>
+// The value of such a code, or of a float of 4 bits.
+template <bool FLOATS>
 PA_FUNCTION float pa_value_of(unsigned int code) {
-  return float((int)(pa_four_values<TABLE>(code >> 2) << (24u - (code & 3u) * 8u)) >> 24);
+  if (!FLOATS) return float((int)(pa_four_values(code >> 2) << (24u - (code & 3u) * 8u)) >> 24);
+  const unsigned int size = code & 7u;
+  const float found = size < 2u ? 0.5f * float(size) : pa_float((size << 22) + 0x3f000000u);
+  return code > 7u ? -found : found;
 }

@@ -1,8 +1,9 @@
   // Weights in GGUF's block types, for strips.h, as bytes: codes are the highest bits of a byte, or a TABLE has the byte.
   // Rows are digits (digit_rows.h); sums are integers until factors are multiplied.
   constexpr int BITS = LOW + HIGH, SHIFT = TABLE ? 0 : 8 - BITS;
-  constexpr bool SIGNED = TABLE || ZERO, IN_TURN = TABLE > 0, WHOLE = SCALED && !EXPONENTS;
+  constexpr bool SIGNED = TABLE || ZERO, IN_TURN = TABLE;
   constexpr float FACTOR = 1.0f;
+  static_assert(EXPONENT == 0, "floats are no integers");
   static_assert(ZERO == 0 || ZERO == 1 << (BITS - 1), "with the highest bit turned, codes are signed");
   typedef PaPlane<LOW, TABLE ? 0 : SHIFT> Lows;
   typedef PaPlane<HIGH == 0 ? 1 : HIGH, 8 - HIGH> Highs;
@@ -23,8 +24,8 @@
       PA_UNROLL for (int h = 0; h < 2; h++) {
         const int line = h * 8 + r;
         const unsigned low = Lows::word(stage + line * LOW_PITCH + warp * LOWS, i, c);
-        if constexpr (TABLE > 0) {
-          PA_UNROLL for (int j = 0; j < 2; j++) codes[j * 2 + h] = pa_bytes_of_table<TABLE>(low, j);
+        if constexpr (TABLE) {
+          PA_UNROLL for (int j = 0; j < 2; j++) codes[j * 2 + h] = pa_bytes_of_table(low, j);
         } else {
           const unsigned turned = !ZERO ? 0u : HIGH == 0 ? Lows::HIGHEST : Highs::HIGHEST;
           const unsigned high = HIGH == 0 ? 0u : Highs::word(stage + HIGH_AT + line * HIGH_PITCH + warp * HIGHS, i, c) ^ turned;
@@ -38,7 +39,7 @@
         if (MINS && SCALED && GROUP == 16) number[h] &= 15;
         if (last) {
           const H* of = (const H*)(factors + line * FACTOR_PITCH) + at / (BLOCK / 32) * Scales::FACTORS;
-          factor[h] = EXPONENTS ? Scales::scale(1.0f, (unsigned char)(number[h]), 0) : float(of[0]);
+          factor[h] = float(of[0]);
           if (MINS) offset[h] = float(of[1]);
         }
       }
@@ -48,7 +49,7 @@
         pa_mma_bytes<SIGNED>(sum, codes, row.x, row.y);
         const float group = MINS ? sum_of(i, t) : 0.0f;
         PA_UNROLL for (int h = 0; h < 2; h++) {
-          PA_UNROLL for (int j = h * 2; j < h * 2 + 2; j++) whole[t][j] = WHOLE ? whole[t][j] + number[h] * sum[j] : sum[j];
+          PA_UNROLL for (int j = h * 2; j < h * 2 + 2; j++) whole[t][j] = SCALED ? whole[t][j] + number[h] * sum[j] : sum[j];
           if (MINS) least[t * 2 + h] += SCALED ? float(other[h]) * group : group;
           if (last) {  // of the factor's weights
             sums[t * 2 + h] += factor[h] * (float(whole[t][h * 2]) + 256.0f * float(whole[t][h * 2 + 1]));

@@ -16,12 +16,11 @@ struct PaPlane {
     return (by < 0 ? word >> (by < 0 ? -by : 0) : word << (by < 0 ? 0 : by)) & MASK;
   }
 };
-// The bytes of a table's 16 values for the codes of weights 0, 2, 4 and 6 of an eight, or of 1, 3, 5 and 7.
-template <int TABLE>
+// The bytes of the table's 16 values for the codes of weights 0, 2, 4 and 6 of an eight, or of 1, 3, 5 and 7.
 __device__ inline unsigned pa_bytes_of_table(unsigned word, int odd) {
   const unsigned of_eight = (word & 0x77777777u) >> 16 * odd;
   const unsigned choice = pa_masked(word >> 1, 0x44444444u, 0x32103210u) >> 16 * odd;
-  const unsigned low = pa_pick_bytes(pa_four_values<TABLE>(0), pa_four_values<TABLE>(1), of_eight);
-  const unsigned high = pa_pick_bytes(pa_four_values<TABLE>(2), pa_four_values<TABLE>(3), of_eight);
+  const unsigned low = pa_pick_bytes(pa_four_values(0), pa_four_values(1), of_eight);
+  const unsigned high = pa_pick_bytes(pa_four_values(2), pa_four_values(3), of_eight);
   return pa_pick_bytes(low, high, choice);
 }

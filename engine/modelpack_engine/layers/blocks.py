@@ -1,9 +1,9 @@
-"""Layers and embeddings whose weights keep the codes and scales of GGUF's block types.
+"""Layers and embeddings whose weights keep the codes and scales of a block type: GGUF's, or FP4.
 
 A row of whole blocks is held as words: a plane of the codes' low bits, one of their high bits, the
 float16 factors of blocks, and the scales of groups in bytes, padded to 16 bytes. That takes at most
 4 % more than the file in rows of 2,048 weights or more, and 6 % where halves have factors.
-`kernels/blocks.h` reads it; `models/gguf_planes.py` makes it.
+`kernels/blocks.h` reads it; `models/planes.py` makes it.
 
 Few rows are multiplied by kernels that read these words; for many, a layer's weights, those of all
 experts, are computed in full for the time of its matmul.
@@ -24,11 +24,9 @@ from modelpack_engine.layers.kernels import take_rows
 
 Words = npt.NDArray[np.uint32]
 
-#: The values of IQ4_NL's and IQ4_XS's codes, and twice the values of MXFP4's.
+#: The values of IQ4_NL's and IQ4_XS's codes, and those of floats of 4 bits (OCP's E2M1).
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-#: Tables by their number in kernels.
-_TABLES: tuple[tuple[int, ...], ...] = ((), _IQ4, _FP4)
+_FP4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
 #: The weights of a superblock, whose groups have a byte of scale each.
 SUPERBLOCK = 256
 _ROW_BYTES = 16
@@ -36,11 +34,12 @@ _ROW_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class BlockType:
-    """A block type of GGUF: codes of `low` + `high` bits, in groups with a scale each.
+    """A block type: codes of `low` + `high` bits, in groups with a scale each.
 
     A code stands for (code - `zero`) * scale + offset, or with a `table`, for one of its values. If
     `scaled`, a scale is a superblock's factor times a byte. With `mins`, groups have offsets. With
-    `exponents`, there are no factors: a scale is 2 to the power of its byte - 128.
+    `exponent` bits, codes and scales are floats: there are no factors, and a scale is a byte with
+    so many bits of exponent, 8 (OCP's E8M0) or 4 (E4M3).
 
     `shared` weights have the same factors in a `scaled` type: 128 if halves were reordered.
     """
@@ -52,28 +51,24 @@ class BlockType:
     scaled: bool
     mins: bool
     zero: int
-    table: tuple[int, ...] = ()
-    exponents: bool = False
+    table: tuple[float, ...] = ()
+    exponent: int = 0
     shared: int = SUPERBLOCK
 
     @property
     def block(self) -> int:
-        """The weights that share factors, or an exponent."""
-        return self.shared if self.scaled and not self.exponents else self.group
+        """The weights that share factors; of floats, those whose scales are read at once."""
+        return 32 if self.exponent else self.shared if self.scaled else self.group
 
     @property
     def least(self) -> int:
-        """The weights of which a row is a multiple: a block of the file, or a superblock.
-
-        MXFP4's blocks have 32 weights, but its rows are whole superblocks: experts of others, those
-        of gpt-oss, were not measured.
-        """
-        return SUPERBLOCK if self.scaled else self.group
+        """The weights of which a row is a multiple: a block of the file, or a superblock."""
+        return 32 if self.exponent else SUPERBLOCK if self.scaled else self.group
 
     @property
     def factors(self) -> int:
         """The factors of a block: that of scales, and with `mins` that of offsets."""
-        return 0 if self.exponents else 2 if self.mins else 1
+        return 0 if self.exponent else 2 if self.mins else 1
 
     @property
     def group_bytes(self) -> int:
@@ -105,7 +100,7 @@ class BlockType:
         return [
             ("LOW", self.low), ("HIGH", self.high), ("GROUP", self.group), ("BLOCK", self.block),
             ("SCALED", self.scaled), ("MINS", self.mins), ("ZERO", self.zero),
-            ("TABLE", _TABLES.index(self.table)), ("EXPONENTS", self.exponents),
+            ("TABLE", self.table == _IQ4), ("EXPONENT", self.exponent),
         ]  # fmt: skip
 
 
@@ -123,7 +118,8 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("Q5_1", 4, 1, 32, scaled=False, mins=True, zero=0),
         BlockType("IQ4_NL", 4, 0, 32, scaled=False, mins=False, zero=0, table=_IQ4),
         BlockType("IQ4_XS", 4, 0, 32, scaled=True, mins=False, zero=0, table=_IQ4),
-        BlockType("MXFP4", 4, 0, 32, scaled=True, mins=False, zero=0, table=_FP4, exponents=True),
+        BlockType("MXFP4", 4, 0, 32, scaled=True, mins=False, zero=0, table=_FP4, exponent=8),
+        BlockType("NVFP4", 4, 0, 16, scaled=True, mins=False, zero=0, table=_FP4, exponent=4),
     )
 }
 
@@ -331,7 +327,11 @@ def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.ar
     rows, inputs = weight.shape[0], kind.inputs(weight.shape[1])
     highs = inputs // 32 * kind.low
     factors = highs + inputs // 32 * kind.high
-    codes = _codes(weight[:, :highs], kind.low)
+    codes = (
+        _codes_of_floats(weight[:, :highs])
+        if kind.exponent
+        else _codes(weight[:, :highs], kind.low)
+    )
     if kind.high:
         codes = codes | _codes(weight[:, highs:factors], kind.high) << kind.low
     numbers = mx.array(kind.table, mx.float32)[codes] if kind.table else _signed(codes, kind.zero)
@@ -350,8 +350,8 @@ def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.ar
             scales, offsets = scales * (given & 15), offsets * (given >> 4)
         elif kind.mins:
             scales, offsets = scales * given[:, :, ::2], offsets * given[:, :, 1::2]
-        elif kind.exponents:
-            scales = _powers(given)
+        elif kind.exponent:
+            scales = _powers(given) if kind.exponent == 8 else _small_floats(given)
         else:
             scales = scales * given.view(mx.int8)
     found = numbers.reshape(rows, -1, kind.group) * scales.reshape(rows, -1, 1)
@@ -368,6 +368,11 @@ def order_of_eights(inputs: int) -> mx.array:
     return mx.array(units * 4 + (places ^ units // 2 % 4))
 
 
+#: Where the exponent and mantissa of the first float of each pair of an eight are, and its sign:
+#: most are a bfloat16's bits, once they are shifted (`place` and `sign` in kernels/blocks.h).
+PLACES_OF_FLOATS = ((6, 15), (3, 12), (0, 14), (9, 13))
+
+
 def bit_of_pair(bits: int, pair: int) -> int:
     """Return where the code of the first weight of a pair is (`bit` in kernels/blocks.h)."""
     return (pair // 2 % 2 * (8 // bits) + pair // 4 % (4 // bits) * 2 + pair % 2) * bits
@@ -382,11 +387,28 @@ def _codes(plane: mx.array, bits: int) -> mx.array:
     return codes.reshape(plane.shape[0], -1)
 
 
+def _codes_of_floats(plane: mx.array) -> mx.array:
+    """Return the codes of a plane of floats [rows, words]: [rows, codes]."""
+    at, signs = (
+        [place[i] + half for place in PLACES_OF_FLOATS for half in (0, 16)] for i in (0, 1)
+    )
+    words = plane[:, :, None]
+    codes = words >> mx.array(at, mx.uint32) & 7 | (words >> mx.array(signs, mx.uint32) & 1) << 3
+    return codes.reshape(plane.shape[0], -1)
+
+
 def _powers(exponents: mx.array) -> mx.array:
-    """Return 2 to the power of each byte - 128 in float32."""
+    """Return 2 to the power of each byte - 127 in float32."""
     given = exponents.astype(mx.uint32)
-    bits = mx.where(given > 1, (given - 1) << 23, mx.array(0x200000, mx.uint32) << given)
-    return bits.view(mx.float32)
+    return mx.where(given > 0, given << 23, mx.array(0x400000, mx.uint32)).view(mx.float32)
+
+
+def _small_floats(given: mx.array) -> mx.array:
+    """Return bytes, which are floats with 4 bits of exponent and 3 of mantissa, in float32."""
+    magnitudes = given.astype(mx.uint32) & 127
+    normal = ((magnitudes << 20) + (120 << 23)).view(mx.float32)
+    found = mx.where(magnitudes < 8, magnitudes / 512, normal)
+    return mx.where(given > 127, -found, found)
 
 
 def _signed(codes: mx.array, zero: int) -> mx.array:
@@ -501,9 +523,11 @@ def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> W
     numbers = words[:, inputs // 32 * (kind.low + kind.high) :]
     if kind.mins and kind.group == 32:  # numbers of 6 bits
         numbers &= 0x3F3F3F3F
-    if kind.exponents:  # scales of 2 ** -16 to 2 ** -9
+    if kind.exponent == 8:  # scales of 2 ** -15 to 2 ** -8
         numbers &= 0x07070707
         numbers |= 0x70707070
+    elif kind.exponent:  # of 2 ** -9 to 2 ** -4 or so, some of them negative
+        numbers &= 0x9F9F9F9F
     words.view(np.float16)[:, start : start + count] = small.astype(np.float16)
     return words
 

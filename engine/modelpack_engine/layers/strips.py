@@ -53,7 +53,9 @@ class Format:
 
     def in_digits(self, rows: int) -> bool:
         """Return whether so many rows are multiplied as digits (`kernels/digit_rows.h`)."""
-        return self.blocks is not None and rows <= _MOST_IN_DIGITS
+        if self.blocks is None or self.blocks.exponent:
+            return False
+        return rows <= _MOST_IN_DIGITS
 
     def stage_bytes(self, units: int, rows: int) -> int:
         """Return the bytes of a stage with so many units of 16 outputs, as the kernels lay it."""

@@ -36,7 +36,7 @@ from modelpack_engine.layers.blocks import (
     BlockSwitchLinear,
     BlockType,
 )
-from modelpack_engine.models import gguf_blocks, gguf_planes, load_progress
+from modelpack_engine.models import gguf_blocks, load_progress, planes
 from modelpack_engine.models.adapter import merged_weight, read_layers
 from modelpack_engine.models.gguf_architectures import Targets, architecture_of
 from modelpack_engine.models.gguf_blocks import GROUP_SIZE, AffineBlocks
@@ -194,7 +194,7 @@ def _arrays(item: TensorPlan, decoded: Decoded | GGUFTensor) -> Iterator[tuple[s
     path = item.parameter.path
     if isinstance(decoded, GGUFTensor):
         assert item.blocks is not None
-        yield f"{path}.weight", gguf_planes.planes(decoded, item.blocks)
+        yield f"{path}.weight", planes.of_blocks(decoded, item.blocks)
         return
     values = decoded.get("values")
     if values is None:
@@ -503,7 +503,7 @@ def _plan(parameter: Parameter, module: Any, precision: Precision) -> TensorPlan
     if precision.dense or parameter.name != "weight" or not hasattr(module, "to_quantized"):
         return TensorPlan(parameter)
     if parameter.dtype in precision.blocks and type(module) in _KEPT_LAYERS:
-        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape, parameter.part)
+        blocks = planes.block_type(parameter.dtype, parameter.shape, parameter.part)
         if blocks is not None:
             return TensorPlan(parameter, blocks=blocks)
     return TensorPlan(parameter, _packing(parameter, requantize=precision.requantize))
@@ -560,7 +560,7 @@ def _within_the_file(
         if held <= _MOST_MORE * stored:
             break
         parameter = plans[at].parameter
-        blocks = gguf_planes.block_type(parameter.dtype, parameter.shape, parameter.part)
+        blocks = planes.block_type(parameter.dtype, parameter.shape, parameter.part)
         if blocks is not None:
             changed[at] = TensorPlan(parameter, blocks=blocks)
             held += changed[at].held_bytes(dtype) - plans[at].held_bytes(dtype)

@@ -258,10 +258,10 @@ _FLOATS: dict[str, Callable[[Bytes], Floats]] = {
 
 _STORED = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
-# Types that the gguf package dequantises. Ternary types and NVFP4 are missing: no tool writes them
-# for the supported architectures, so there is no result to compare with.
+# Types that the gguf package dequantises. Ternary types are missing: no tool writes them for the
+# supported architectures, so there is no result to compare with.
 _DEQUANTIZED = frozenset(
-    {"Q2_K", "Q3_K", "Q6_K", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}
+    {"Q2_K", "Q3_K", "Q6_K", "MXFP4", "NVFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"}
     | {"IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"}
 )
 

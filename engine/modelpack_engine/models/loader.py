@@ -33,11 +33,11 @@ from modelpack_engine.models.files import ModelFiles
 from modelpack_engine.models.gguf import GGUFLoader
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES
 from modelpack_engine.models.gguf_file import GGUFFile, Metadata
-from modelpack_engine.models.gguf_planes import KEPT, KEPT_ON_CUDA
 from modelpack_engine.models.gguf_projector import GGUFProjector
 from modelpack_engine.models.load_progress import LoadCallback
 from modelpack_engine.models.model_config import normalised
 from modelpack_engine.models.multimodal import adapter_for_sounds, language_classes
+from modelpack_engine.models.planes import KEPT, KEPT_ON_CUDA, hold_floats
 from modelpack_engine.models.precision import (
     Precision,
     dense_bytes,
@@ -413,6 +413,9 @@ def _load_safetensors(
         left = unpack(model, dtype)
         if left:
             notes.append(f"{len(left)} modules stay quantised, for example {left[0]}")
+    if weights is None and shard is None and launch.backend() == "cuda":
+        # MLX compiles its kernels for these weights for minutes there.
+        hold_floats(model, dtype or mx.bfloat16)
     if adapter is not None and weights is None:
         language = model if seeing is None else language_tower(model)
         merge(language, read_layers(adapter, language, config, dtype=mx.float32))

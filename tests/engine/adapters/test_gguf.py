@@ -20,7 +20,7 @@ from modelpack_engine.patches.lora import EMBEDDINGS, LINEARS, Layers, Matrices
 from tests.adapters import write_gguf, write_gguf_pairs, write_mlx
 from tests.engine.adapters.test_merged_weights import CONFIG, tokens_of
 from tests.engine.loaders.test_architectures import load_tiny
-from tests.engine.loaders.test_gguf_planes import tiny_of
+from tests.engine.loaders.test_planes import tiny_of
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
 
 ALWAYS = ("llama", "granite", "mixtral", "phi3", "smollm3")

@@ -24,13 +24,13 @@ from modelpack_engine.layers.blocks import (
     Tile,
 )
 from modelpack_engine.layers.weights import can_join, join, weights_of
-from modelpack_engine.models.gguf_planes import planes
+from modelpack_engine.models import planes
 from modelpack_engine.models.precision import unpack
 from modelpack_engine.patches.lora import dense_weight
 from modelpack_engine.runner.kv_cache_size import step_memory
 from tests.engine.kernels.onhost import Host, emulated
 from tests.engine.loaders.test_architectures import distance, load_tiny
-from tests.engine.loaders.test_gguf_planes import tensor, tiny_of
+from tests.engine.loaders.test_planes import tensor, tiny_of
 
 BF16, F16, F32 = mx.bfloat16, mx.float16, mx.float32
 VERDICTS = (
@@ -64,7 +64,7 @@ def test_products_of_stored_blocks_equal_those_of_the_gguf_package(
 ) -> None:
     stored, full = tensor(name, 7, 1280)
     full, kind = full / np.abs(full).max(), BLOCK_TYPES[name]
-    weight = planes(stored, kind)
+    weight = planes.of_blocks(stored, kind)
     x = mx.random.normal((rows, 1280), key=mx.random.key(rows)).astype(BF16)
     largest = np.abs(gguf.quants.dequantize(
         stored.raw.reshape(7, -1), gguf.GGMLQuantizationType[name]
@@ -78,7 +78,7 @@ def test_products_of_stored_blocks_equal_those_of_the_gguf_package(
 @pytest.mark.parametrize("name", NAMES)
 def test_values_on_the_host(host: Host, name: str) -> None:
     stored, full = tensor(name, 5, 512)
-    found = blocks.run_values(planes(stored, BLOCK_TYPES[name]), BLOCK_TYPES[name], F32)
+    found = blocks.run_values(planes.of_blocks(stored, BLOCK_TYPES[name]), BLOCK_TYPES[name], F32)
     np.testing.assert_allclose(np.array(found), full, rtol=1e-6, atol=1e-5)
     assert [body for body, _ in host.calls] == ["block_values"]
 

@@ -107,7 +107,7 @@ def test_strips_are_for_hopper_and_for_kernels_that_are_right(
     rows=st.integers(1, 8), pieces=st.integers(1, 128),
     form=st.sampled_from(
         [*(Format(bits, size) for bits in (4, 8) for size in (32, 64, 128)), Q6_K,
-         *map(stored, ("Q2_K", "Q5_1", "Q6_K/2", "MXFP4"))]
+         *map(stored, ("Q2_K", "Q5_1", "Q6_K/2", "MXFP4", "NVFP4"))]
     ),
 )  # fmt: skip
 def test_strips_fit_a_multiprocessor(rows: int, pieces: int, form: Format) -> None:
@@ -154,7 +154,8 @@ def test_strips_agree_with_mlx(
 def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int) -> None:
     biased = dtype == F16
     assert strips.verdict(dtype, stored(name), rows, biased) is None
-    body = "digit_strips" if rows <= 2 else "block_strips"
+    body = "digit_strips" if stored(name).in_digits(rows) else "block_strips"
+    assert (body == "digit_strips") is (rows <= 2 and "FP4" not in name)
     assert {(name, call["BIAS"]) for name, call in host.calls} == {(body, biased)}
     assert max(call["STRIDE"] for _, call in host.calls) < 21
 
@@ -189,7 +190,15 @@ def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int
         (stored("Q2_K"), 2, ("c % 2 ? 0.0f : sum", "sum"), "the product of 2 rows is off"),
         (stored("Q3_K"), 1, ("0x7362", "0x5140"), "the product of 1 rows is off"),
         (stored("Q5_K"), 1, ("+ 256.0f *", "+ 0.0f *"), "the product of 1 rows is off"),
-        (stored("MXFP4"), 1, ("65536.0f", "1.0f"), "the product of 1 rows is off"),
+        (stored("IQ4_NL"), 1, ("65536.0f", "1.0f"), "the product of 1 rows is off"),
+        (
+            stored("MXFP4"),
+            1,
+            ("Scaled::PLACE - Codes", "9 - Codes"),
+            "the product of 1 rows is off",
+        ),
+        (stored("MXFP4"), 4, ("0x80008000u, moved", "0x80000000u, moved"), "the product of 4"),
+        (stored("NVFP4"), 2, ("[e * 8 / GROUP]", "[0]"), "the product of 2 rows is off"),
     ],
 )
 def test_the_verdict_names_wrong_strips(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 
-# Byte offsets of the float16 scales in a block; for MXFP4, that of its one-byte exponent.
+# Byte offsets of the float16 scales in a block; for MXFP4 and NVFP4, those of bytes.
 _SCALES = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),
@@ -32,6 +32,8 @@ def random_blocks(dtype: str, rows: int, columns: int, seed: int = 0) -> np.ndar
     blocks = random.integers(0, 256, (rows * columns // elements, size), dtype=np.uint8)
     if dtype == "MXFP4":
         blocks[:, 0] = random.integers(110, 130, len(blocks))
+    elif dtype == "NVFP4":
+        blocks[:, :4] = random.integers(0, 64, (len(blocks), 4))
     elif dtype == "IQ1_M":
         # The top nibbles of four shorts are one float16.
         shorts = blocks[:, 48:56].view(np.uint16)

@@ -15,7 +15,7 @@ import pytest
 
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockLinear
-from modelpack_engine.models import gguf_blocks, gguf_planes
+from modelpack_engine.models import gguf_blocks, planes
 from modelpack_engine.models.precision import parameters_of
 from tests.engine.loaders.blocks import random_blocks
 from tests.engine.loaders.test_architectures import distance, load_tiny
@@ -173,7 +173,7 @@ def test_columns_of_all_types_are_reordered(head: int, kind: str, tmp_path: Path
     path = tmp_path / "m.gguf"
     tiny = in_types("qwen35", path, {"ssm_out.weight": kind}, hidden_size=256, **widths)
     expected = tiny.logits(load_tiny(path, dense=True).model)[-1]
-    for blocks in ((), gguf_planes.KEPT_ON_CUDA, tuple(BLOCK_TYPES)):
+    for blocks in ((), planes.KEPT_ON_CUDA, tuple(BLOCK_TYPES)):
         model: Any = load_tiny(path, dense=False, blocks=blocks, dtype=mx.float32).model
         module = dict(model.named_modules())["language_model.model.layers.0.linear_attn.out_proj"]
         is_kept = kind in blocks and (head == 128 or BLOCK_TYPES[kind].block == 32)
@@ -213,7 +213,7 @@ def test_joined_rows_of_two_types(
     path, kinds = tmp_path / "m.gguf", {"attn_qkv.weight": qkv, "attn_gate.weight": gate}
     tiny = in_types("qwen3next", path, kinds, hidden_size=256)
     expected = tiny.logits(load_tiny(path, dense=True).model)[-1]
-    model: Any = load_tiny(path, dense=False, blocks=gguf_planes.KEPT, dtype=mx.float32).model
+    model: Any = load_tiny(path, dense=False, blocks=planes.KEPT, dtype=mx.float32).model
     joined = model.model.layers[0].linear_attn.in_proj_qkvz
     kind = joined.kind.name if isinstance(joined, BlockLinear) else None
     assert (kind or getattr(joined, "bits", None)) == held
@@ -240,7 +240,7 @@ def test_at_most_a_tenth_more_than_the_file(
     """All block types but those that are always held in 8 bits."""
     path = tmp_path / "m.gguf"
     in_types(name, path, kinds, **{**WIDTHS, **OTHERS}[name])
-    held = load_tiny(path, dense=False, blocks=gguf_planes.KEPT_ON_CUDA, dtype=mx.bfloat16)
+    held = load_tiny(path, dense=False, blocks=planes.KEPT_ON_CUDA, dtype=mx.bfloat16)
     stored = sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
     assert held.weight_bytes <= 1.1 * stored
 

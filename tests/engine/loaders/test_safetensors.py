@@ -18,6 +18,8 @@ import modelpack
 from modelpack.errors import WeightFormatError
 from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import ModelLoadError
+from modelpack_engine.kernels import launch
+from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, BlockSwitchLinear
 from modelpack_engine.models import LoadedModel, ModelFiles, load
 from tests.engine.loaders.test_tokenizers import small
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
@@ -98,6 +100,28 @@ def test_loaded_straight_from_the_store(tmp_path: Path) -> None:
     loaded = load(ModelFiles.from_model(found, store.blob_path), device="cpu")
     assert np.array_equal(TINY.logits(loaded.model), TINY.logits(model))
     assert sorted(path for path in store.root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss"])
+@pytest.mark.parametrize(("mode", "group_size"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_floats_of_4_bits_are_blocks_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, mode: str, group_size: int, name: str, tmp_path: Path
+) -> None:
+    tiny = TINY_MODELS[name]
+    model, config = quantize_model(
+        tiny.build(), copy.deepcopy(tiny.config), group_size, 4, mode=mode
+    )
+    save(tmp_path, model, config)
+    dense = load_cpu(tmp_path, dense=True)
+    with monkeypatch.context() as on_cuda:
+        on_cuda.setattr(launch, "backend", lambda: "cuda")
+        held = load_cpu(tmp_path, dense=False)
+    modules = [module for _, module in held.model.named_modules()]
+    kinds = {type(module) for module in modules}
+    assert {BlockLinear, BlockEmbedding} <= kinds
+    assert (BlockSwitchLinear in kinds) is (name == "gpt-oss")
+    assert mode not in {getattr(module, "mode", "") for module in modules}
+    np.testing.assert_allclose(tiny.logits(held.model), tiny.logits(dense.model), atol=1e-5)
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), MODES)

@@ -18,9 +18,9 @@ from modelpack_engine.models import gguf_blocks
 from modelpack_engine.models.gguf import TensorPlan, arrays_of, packing_of
 from modelpack_engine.models.gguf_architectures import ARCHITECTURES, VARIANTS, WITH_AXES
 from modelpack_engine.models.gguf_file import GGUFTensor
-from modelpack_engine.models.gguf_planes import KEPT_ON_CUDA
 from modelpack_engine.models.gguf_tensors import Parameter
 from modelpack_engine.models.mtp import LAYOUTS
+from modelpack_engine.models.planes import KEPT_ON_CUDA
 from modelpack_engine.patches.lora import LINEARS
 from modelpack_engine.runner.model_layout import StateLayout
 from modelpack_engine.runner.model_runner import ModelRunner, make_runner
@@ -120,8 +120,10 @@ and scales, in 8 bits if not all have 4. Further quantised types are rounded to 
   a model would take over 10 % more memory than its tensors in the file, embeddings first.
 - **CUDA** says which kernel multiplies a few rows by such weights on an NVIDIA GPU: ours or MLX's.
   On Metal it is ours for types that are held as stored, and MLX's for others.
-- MXFP4 is held as stored on CUDA. On Metal, and in rows that are no multiple of 256 (the experts of
-  gpt-oss), it keeps its own codes in MLX's layout, and MLX's kernels multiply.
+- Floats of 4 bits are held as stored on CUDA: MXFP4, NVFP4, and safetensors in MLX's modes `mxfp4`
+  and `nvfp4`. On Metal, MXFP4 keeps its own codes in MLX's layout, NVFP4 becomes 8 bits, and MLX's
+  kernels multiply. GGUF files whose NVFP4 tensors have scales of their own beside them (`.scale`)
+  do not load.
 - **CPU library** is [our own](cpu.md), for models of Llama's shape.
 
 | type | file | GPU | in memory | CUDA | CPU library |

@@ -1,28 +1,40 @@
-"""Tensors of GGUF's block types as the rows of words that `layers.blocks` describes.
+"""Tensors of GGUF's block types, and MLX's floats of 4 bits, as rows of words (`layers.blocks`).
 
 No code and no scale changes: codes move so that a GPU reads them in whole words, scales of 6 bits
 become bytes, and what is subtracted gets a sign. Where columns are reordered, the halves of a
 superblock have its factors each. MLX moves them, on the GPU if there is one.
 
-Source: ggml/src/ggml-quants.c.
+Source: ggml/src/ggml-quants.c; MLX's documentation of `mx.quantize`, modes `mxfp4` and `nvfp4`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
+from mlx.utils import tree_unflatten
 
-from modelpack_engine.layers.blocks import BLOCK_TYPES, BlockType, bit_of_pair, order_of_eights
+from modelpack_engine.layers.blocks import (
+    BLOCK_TYPES,
+    PLACES_OF_FLOATS,
+    BlockEmbedding,
+    BlockLinear,
+    BlockSwitchLinear,
+    BlockType,
+    bit_of_pair,
+    order_of_eights,
+)
 from modelpack_engine.models.gguf_file import GGUFTensor
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes, or for those
 #: of 5 bits, no fast kernel. Those of 4 and 8 bits have fast kernels in MLX's layout.
 KEPT = frozenset({"Q2_K", "Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"})
-#: On CUDA, MLX compiles its kernels for prompts in MXFP4 for minutes.
-KEPT_ON_CUDA = KEPT | {"MXFP4"}
+#: On CUDA, MLX compiles its kernels for prompts in floats of 4 bits for minutes.
+KEPT_ON_CUDA = KEPT | {"MXFP4", "NVFP4"}
 
 #: The codes that are moved at a time, for each of which that takes 14 bytes of memory.
 _CODES_AT_ONCE = 1 << 24
@@ -30,7 +42,10 @@ _CODES_AT_ONCE = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """Codes uint8 [blocks, weights], factors float16 bits [blocks, 1 or 2], and bytes of scales."""
+    """Codes uint8 [blocks, weights], factors float16 bits [blocks, 1 or 2], and bytes of scales.
+
+    Or those of rows, [rows, ...].
+    """
 
     codes: mx.array
     factors: mx.array | None
@@ -48,23 +63,77 @@ def block_type(dtype: str, shape: tuple[int, ...], part: int) -> BlockType | Non
     return next((fits for fits in (kind, kind.halved) if part % fits.block == 0), None)
 
 
-def planes(tensor: GGUFTensor, kind: BlockType) -> mx.array:
+def of_blocks(tensor: GGUFTensor, kind: BlockType) -> mx.array:
     """Return the words of matrices for which there is a `block_type`: uint32 [..., rows, words]."""
     *outer, inputs = tensor.shape
     stored = tensor.raw.reshape(int(np.prod(outer)), -1)
+
+    def some(first: int, last: int) -> _Blocks:
+        return _blocks_of_rows(mx.array(stored[first:last]), inputs, kind, tensor.columns)
+
+    return _rows(some, len(stored), inputs, kind).reshape(*outer, -1)
+
+
+def hold_floats(model: Any, dtype: mx.Dtype) -> None:
+    """Hold MLX's floats of 4 bits as block types: layers in its modes `mxfp4` and `nvfp4`.
+
+    Embeddings return `dtype`. Layers with a scale of all weights, or with rows of no whole blocks,
+    stay as they are.
+    """
+    replaced: list[tuple[str, Any]] = []
+    for path, module in model.named_modules():
+        if (held := _held(module, dtype)) is not None:
+            replaced.append((path, held))
+            # MLX's arrays go now: a model in memory twice might not fit.
+            module.weight = module.scales = None
+    model.update_modules(tree_unflatten(replaced))
+
+
+def _held(module: Any, dtype: mx.Dtype) -> Any:
+    """Return what holds a layer's weights as a block type; None if that is not possible."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+    known = QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear
+    kind = BLOCK_TYPES.get(str(getattr(module, "mode", "")).upper())
+    if kind is None or type(module) not in known or module.get("global_scale") is not None:
+        return None
+    weight, scales = module["weight"], module["scales"]
+    *outer, groups = scales.shape
+    inputs, rows = groups * kind.group, int(np.prod(outer))
+    if inputs % kind.least:
+        return None
+    words, scales = weight.reshape(rows, -1), scales.reshape(rows, -1)
+
+    def some(first: int, last: int) -> _Blocks:
+        codes = words[first:last, :, None] >> mx.arange(0, 32, 4, mx.uint32) & 15
+        return _Blocks(codes.astype(mx.uint8).reshape(-1, inputs), None, scales[first:last])
+
+    if type(module) is QuantizedEmbedding:
+        held: Any = BlockEmbedding(kind, inputs, rows, dtype)
+    elif type(module) is QuantizedLinear:
+        held = BlockLinear(kind, inputs, rows, dtype)
+    else:
+        held = BlockSwitchLinear(kind, inputs, outer[1], outer[0], dtype)
+    held.weight = _rows(some, rows, inputs, kind).reshape(*outer, -1)
+    if "bias" in module:
+        held.bias = module["bias"]
+    return held
+
+
+def _rows(some: Callable[[int, int], _Blocks], rows: int, inputs: int, kind: BlockType) -> mx.array:
+    """Return the words of all rows, uint32 [rows, words]; `some` has those from one to another."""
     step = max(1, _CODES_AT_ONCE // inputs)
-    words = mx.zeros((len(stored), kind.words(inputs)), mx.uint32)
-    for first in range(0, len(stored), step):
-        some = mx.array(stored[first : first + step])
-        words[first : first + step] = _planes_of_rows(some, inputs, kind, tensor.columns)
+    words = mx.zeros((rows, kind.words(inputs)), mx.uint32)
+    for first in range(0, rows, step):
+        words[first : first + step] = _words(some(first, min(rows, first + step)), kind)
         mx.eval(words)  # the memory of its steps is free for the next one
-    return words.reshape(*outer, -1)
+    return words
 
 
-def _planes_of_rows(
+def _blocks_of_rows(
     stored: mx.array, inputs: int, kind: BlockType, columns: tuple[int, ...] | None
-) -> mx.array:
-    """Return the words of rows of blocks, uint8 [rows, bytes]."""
+) -> _Blocks:
+    """Return the parts of rows of blocks, uint8 [rows, bytes]: each [rows, ...]."""
     rows = stored.shape[0]
 
     def in_order(parts: mx.array) -> mx.array:
@@ -75,19 +144,30 @@ def _planes_of_rows(
 
     size, decode = _DECODERS[kind.name]
     blocks = decode(stored.reshape(-1, size))
-    codes = in_order(blocks.codes).reshape(rows, -1, 8)
-    codes = mx.take(codes, order_of_eights(inputs), axis=1)
-    found = [_plane(codes & ((1 << kind.low) - 1), kind.low)]
+    factors = blocks.factors
+    if factors is not None:
+        each = blocks.codes.shape[1] // kind.block  # 2 if halves of superblocks have factors
+        factors = in_order(mx.repeat(factors, each, axis=0))
+    scales = None if blocks.scales is None else in_order(blocks.scales)
+    return _Blocks(in_order(blocks.codes), factors, scales)
+
+
+def _words(blocks: _Blocks, kind: BlockType) -> mx.array:
+    """Return the words of rows, whose codes and scales are in the order of their columns."""
+    rows, inputs = blocks.codes.shape
+    codes = mx.take(blocks.codes.reshape(rows, -1, 8), order_of_eights(inputs), axis=1)
+    if kind.exponent:
+        found = [_plane_of_floats(codes)]
+    else:
+        found = [_plane(codes & ((1 << kind.low) - 1), kind.low)]
     if kind.high:
         found.append(_plane(codes >> kind.low, kind.high))
     if blocks.factors is not None:
-        each = blocks.codes.shape[1] // kind.block  # 2 if halves of superblocks have factors
-        found.append(in_order(mx.repeat(blocks.factors, each, axis=0)).view(mx.uint8))
+        found.append(blocks.factors.view(mx.uint8))
     if blocks.scales is not None:
-        scales = in_order(blocks.scales)
-        if kind.group == 16:  # the scales of halves of 32 weights move with them
-            halves = scales.reshape(-1, 2, 4, 2)
-            scales = mx.stack([halves[:, 0], halves[:, 1, :, ::-1]], axis=1).reshape(rows, -1)
+        scales = blocks.scales
+        if kind.group == 16:  # they move with the halves of 32 weights
+            scales = mx.take(scales, order_of_eights(inputs)[::2] // 2, axis=1)
         found.append(scales)
     missing = kind.words(inputs) * 4 - sum(part.shape[1] for part in found)
     found.append(mx.zeros((rows, missing), mx.uint8))
@@ -100,6 +180,15 @@ def _plane(codes: mx.array, bits: int) -> mx.array:
     halves = pairs[:, :, 0]
     for i in range(1, 16 // bits):
         halves = halves | pairs[:, :, i] << bit_of_pair(bits, i)
+    return halves.reshape(codes.shape[0], -1).view(mx.uint8)
+
+
+def _plane_of_floats(codes: mx.array) -> mx.array:
+    """Pack floats [rows, eights, 8] to bytes of words."""
+    pairs = codes.reshape(codes.shape[0], -1, 4, 2).astype(mx.uint16)
+    halves = mx.zeros_like(pairs[:, :, 0])
+    for i, (place, sign) in enumerate(PLACES_OF_FLOATS):
+        halves = halves | (pairs[:, :, i] & 7) << place | (pairs[:, :, i] >> 3) << sign
     return halves.reshape(codes.shape[0], -1).view(mx.uint8)
 
 
@@ -192,6 +281,11 @@ def _mxfp4(blocks: mx.array) -> _Blocks:
     return _Blocks(_spread(blocks[:, 1:], 4, 16), None, blocks[:, :1])
 
 
+def _nvfp4(blocks: mx.array) -> _Blocks:
+    scales = blocks[:, :4] & 127  # they have no sign, and what is no number stands for 0
+    return _Blocks(_spread(blocks[:, 4:], 4, 8), None, mx.where(scales == 127, 0, scales))
+
+
 #: The bytes of a block, and its decoder.
 _DECODERS: dict[str, tuple[int, Callable[[mx.array], _Blocks]]] = {
     "Q2_K": (84, _q2_k),
@@ -206,4 +300,5 @@ _DECODERS: dict[str, tuple[int, Callable[[mx.array], _Blocks]]] = {
     "IQ4_NL": (18, _iq4_nl),
     "IQ4_XS": (136, _iq4_xs),
     "MXFP4": (17, _mxfp4),
+    "NVFP4": (36, _nvfp4),
 }
