@@ -24,14 +24,13 @@ __device__ inline unsigned pa_bits_of_pair(unsigned word, int pair, unsigned oth
   const unsigned mask = BITS == 8 ? 0x00ff00ffu : pair % 2 ? 0x00f000f0u : 0x000f000fu;
   return others ? pa_masked(word, mask, others) : word & mask;
 }
-// What is multiplied for pairs of codes and pairs of a row's elements: numbers, which stand for OFFSET + code, and what
+// What is multiplied for pairs of codes and pairs of a row's elements: numbers, which stand for the codes, and what
 // `rows` makes of the elements. The sum of their products is that of the codes and elements, divided by WHOLE.
 template <typename E, int BITS>
-struct PaPairs {  // __half
-  static constexpr float WHOLE = 1.0f, OFFSET = 1024.0f;
+struct PaPairs {  // __half, of which bits 0 to 9 are an integer times 2^-24
+  static constexpr float WHOLE = 16777216.0f;
   static __device__ inline unsigned numbers(unsigned word, int pair) {
-    if (BITS == 8) return __byte_perm(pair ? word >> 8 : word, 0x64646464u, 0x4240);
-    return pa_masked(word >> pair * 4, 0x000f000fu, 0x64006400u);
+    return BITS == 8 ? pa_bits_of_pair<8>(word, pair) : word >> pair * 4 & 0x000f000fu;
   }
   static __device__ inline uint4 rows(uint4 pairs) { return pairs; }
 };
@@ -39,7 +38,7 @@ struct PaPairs {  // __half
 // 2^64, or by 2^60 for codes in bits 4 to 7: rows must be below 2^64, as larger ones would become infinite.
 template <int BITS>
 struct PaPairs<__nv_bfloat16, BITS> {
-  static constexpr float WHOLE = 590295810358705651712.0f, OFFSET = 0.0f;  // 2^69
+  static constexpr float WHOLE = 590295810358705651712.0f;  // 2^69
   static __device__ inline unsigned numbers(unsigned word, int pair) {
     return pa_bits_of_pair<BITS>(word, pair);
   }

@@ -9,8 +9,8 @@
   constexpr int SCALE_PITCH = SCALES / 16 % 2 ? SCALES : SCALES + 16;
   constexpr int STAGE = 16 * PITCH + 32 * SCALE_PITCH;
   constexpr bool SUMMED = true;
-  constexpr float FACTOR = 1.0f;
   typedef PaPairs<T, BITS> Pairs;
+  constexpr float FACTOR = Pairs::WHOLE;
   auto line_bytes = [&](int, int units) { return units * (BYTES + 4 * GROUPS); };
   auto copy_piece = [&](unsigned char* stage, int line, int piece, size_t row, int k, int units, PaBarrier* barrier) {
     const size_t width = weight_shape[1] * (32 / BITS);
@@ -33,12 +33,12 @@
                         __byte_perm(two, v.w, 0x5410), __byte_perm(two, v.w, 0x7632)});
   };
   auto multiply_unit = [&](const auto&, const unsigned char* stage, int, auto rows_of, auto sum_of, float (&acc)[4]) {
-    // Scales and offsets of AT_A_TIME groups: those of eight take too many registers.
-    PaVec<T, AT_A_TIME> by[2][2];
+    const unsigned char* scales_of_unit = stage + 16 * PITCH + r * SCALE_PITCH + warp * GROUPS * 2;
+    // Scales of AT_A_TIME groups: those of eight take too many registers.
+    PaVec<T, AT_A_TIME> by[2];
     PA_UNROLL for (int g = 0; g < GROUPS; g++) {
-      PA_UNROLL for (int i = 0; g % AT_A_TIME == 0 && i < 4; i++) {
-        by[i / 2][i % 2] = *(const PaVec<T, AT_A_TIME>*)(stage + 16 * PITCH
-            + (i % 2 * 16 + i / 2 * 8 + r) * SCALE_PITCH + (warp * GROUPS + g) * 2);
+      PA_UNROLL for (int high = 0; g % AT_A_TIME == 0 && high < 2; high++) {
+        by[high] = *(const PaVec<T, AT_A_TIME>*)(scales_of_unit + high * 8 * SCALE_PITCH + g * 2);
       }
       PaVec<unsigned, WORDS> codes[2];
       PA_UNROLL for (int high = 0; high < 2; high++) {
@@ -61,12 +61,18 @@
         pa_mma<T>(sum, two, b.z, b.w);
       }
       PA_UNROLL for (int high = 0; high < 2; high++) {
-        const float scale = float(by[high][0].e[g % AT_A_TIME]);
-        const float offset = float(by[high][1].e[g % AT_A_TIME]) - Pairs::OFFSET * scale;
-        PA_UNROLL for (int h = 0; h < (ROWS == 1 ? 1 : 2); h++) {
-          acc[high * 2 + h] += scale * Pairs::WHOLE * sum[high * 2 + h];  // each in one instruction
-          acc[high * 2 + h] += offset * sum_of(g, h);
-        }
+        const float scale = float(by[high].e[g % AT_A_TIME]);
+        PA_UNROLL for (int h = 0; h < (ROWS == 1 ? 1 : 2); h++) acc[high * 2 + h] += scale * sum[high * 2 + h];
       }
     }
+    // Offsets are multiplied by the rows' sums on tensor cores, too.
+    unsigned offsets[2];
+    PA_UNROLL for (int high = 0; high < 2; high++) {
+      offsets[high] = *(const unsigned*)(scales_of_unit + (16 + high * 8) * SCALE_PITCH + c * 2 % GROUPS * 2);
+    }
+    const unsigned twice[4] = {offsets[0], offsets[1], offsets[0], offsets[1]};
+    const uint2 sums = sum_of();
+    float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    pa_mma<T>(products, twice, sums.x, sums.y);
+    PA_UNROLL for (int i = 0; i < 4; i++) acc[i] += SUMS_WHOLE / Pairs::WHOLE * products[i];
   };

@@ -19,7 +19,7 @@
   //   ROWS_BYTES: of shared memory, after the stages
   //   keep(row, at, values, there): keeps eight inputs there, if any, for all warps
   //   Own, recall(own, unit): those of a unit, in registers   DIRECT: read(own, unit, rows, apart, M) reads them instead
-  //   rows_of(own, unit, v), sum_of(own, unit, group, h): what multiply_unit asks for
+  //   rows_of(own, unit, v), sum_of(own, unit, ...): what multiply_unit asks for
   //   SUMS, finish(acc, sums): writes a warp's sums [ROWS, 16], and makes acc zero
   constexpr int COPYING = 2, LINES = 16 / COPYING, THREADS = WARPS * 32;
   constexpr int SPLIT = (UNITS + WARPS - 1) / WARPS, OUTPUTS = SWIGLU ? 8 : 16;  // stages and outputs of a strip
@@ -166,7 +166,7 @@
       if (!KEPT) recall(own, unit);
       multiply_unit(
           own, stage, PA_Z * D / UNIT + unit, [&](int v) { return rows_of(own, unit, v); },
-          [&](int g, int h) { return sum_of(own, unit, g, h); }, acc);
+          [&](auto... at) { return sum_of(own, unit, at...); }, acc);
     }
     pa_sync_warp();
     if (lane == 0) pa_barrier_arrive(empty + s);

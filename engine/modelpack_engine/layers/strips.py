@@ -79,8 +79,9 @@ class Format:
         If each of several rows' units is for one warp, that warp has them in registers.
         """
         if not self.in_digits(rows):
-            of_inputs = 0 if rows > 1 and inputs // _UNIT <= warps else 2 * inputs
-            return rows * (of_inputs + (0 if self.blocks else inputs // self.group_size * 4))
+            if rows > 1 and inputs // _UNIT <= warps:
+                return 0
+            return rows * (2 * inputs + (0 if self.blocks else inputs // self.group_size * 4))
         assert self.blocks is not None
         groups = inputs // self.blocks.group if self.blocks.mins else 0
         return rows * (inputs + groups) * 4 + -(-rows * (inputs // _UNIT) // 4) * 16

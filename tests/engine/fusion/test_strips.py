@@ -164,7 +164,10 @@ def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int
 @pytest.mark.parametrize(
     ("form", "rows", "wrong", "problem"),
     [
-        (OF_64, 8, ("* Pairs::WHOLE", ""), "the product of 8 rows is off"),
+        (OF_64, 8, ("= Pairs::WHOLE", "= 1.0f"), "the product of 8 rows is off"),
+        (OF_64, 8, ("SUMS_WHOLE / Pairs", "1.0f / Pairs"), "the product of 8 rows is off"),
+        (OF_64, 8, ("c % (GROUPS / 2)", "0"), "the product of 8 rows is off"),
+        (Format(4, 32), 1, ("c * 2 % GROUPS) * ROWS", "0) * ROWS"), "the product of 1 rows is off"),
         (OF_64, 8, ("BITS == 8 ? v.y : v.z", "v.y"), "the product of 8 rows is off"),
         (OF_64, 4, ("r % ROWS) * 4 + c", "r % ROWS) * 4"), "the product of 4 rows is off"),
         (OF_64, 8, ("* VECTORS + v, c)", "* VECTORS + v, 0)"), "the product of 8 rows is off"),
@@ -232,6 +235,46 @@ def test_digits_lose_nothing_beside_large_inputs(host: Host, name: str) -> None:
     most = 1e-6 * (np.abs(exact) @ np.abs(weight.T))
     assert np.all(np.abs(np.array(halves.sum(axis=0)) - exact @ weight.T) <= most)
     assert [body for body, _ in host.calls] == ["digit_strips"]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("form", [OF_64, pytest.param(Format(4, 32), marks=LONG),
+                                  pytest.param(Format(8, 128), marks=LONG)])  # fmt: skip
+def test_offsets_are_multiplied_by_exact_sums(
+    host: Host, form: Format, dtype: mx.Dtype, rows: int
+) -> None:
+    """A sum of a group is two numbers: of 16 bits in bfloat16, 22 in float16."""
+    inputs = form.step * 2
+    made, _, _ = strips.random_weights_of(dtype, form, (16, inputs), biased=False)
+    assert made.scales is not None
+    assert made.biases is not None
+    given = replace(made, scales=made.scales / 64, biases=made.biases * 64)
+    weight = mx.dequantize(
+        given.weight, given.scales.astype(F32), given.biases.astype(F32), form.group_size, form.bits
+    )  # fmt: skip
+    x = (mx.random.normal((rows, inputs), key=mx.random.key(2)) + 0.5).astype(dtype)
+    plan = strips.plan(rows, inputs, form)
+    assert plan is not None
+    plan = replace(plan, parts=2, warps=min(plan.warps, inputs // 512))
+    found = np.array(strips.multiply(x, given, plan).sum(axis=0), np.float64)
+    exact, full = np.array(x.astype(F32), np.float64), np.array(weight, np.float64)
+    most = 2.0**-15 * (np.abs(exact) @ np.abs(full.T))
+    assert np.all(np.abs(found - exact @ full.T) <= most)
+    assert [body for body, _ in host.calls] == ["packed_strips"]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_sums_of_the_largest_numbers_are_finite(host: Host, rows: int) -> None:
+    form = Format(4, 128)
+    made, full, _ = strips.random_weights_of(F16, form, (16, 2048), biased=False)
+    plan = strips.plan(rows, 2048, form)
+    assert plan is not None
+    halves = replace(plan, parts=2, warps=min(plan.warps, 4))
+    found = strips.multiply(mx.full((rows, 2048), 65504, F16), made, halves).sum(axis=0)
+    expected = 65504 * np.array(full, np.float64).sum(axis=1)
+    np.testing.assert_allclose(np.array(found), np.tile(expected, (rows, 1)), rtol=1e-3, atol=99)
+    assert [body for body, _ in host.calls] == ["packed_strips"]
 
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
