@@ -23,14 +23,15 @@
       return TABLE ? values[two & 15u] | values[two >> 16] << 16 : two;
     }
   };
-  // Read what a lane has of output r + 8 h, in memory or shared memory.
-  auto read_line = [&](Chunk& chunk, int h, const void* low, const void* high, const H* factors, const void* bytes) {
+  // Read what a lane has of output r + 8 h, in memory or shared memory, where scales of 32 weights are in their plane.
+  auto read_line = [&](Chunk& chunk, int h, const void* low, const void* high, const void* scales, int unit) {
+    const H* factors = (const H*)((const unsigned char*)scales + Scales::factors_at(unit));
+    const unsigned char* bytes = (const unsigned char*)scales + Scales::bytes_at(unit);
     chunk.low[h] = *(const typename Codes::Low*)low;
     if (HIGH > 0) chunk.high[h] = *(const typename Codes::High*)high;
     chunk.factor[h] = EXPONENT ? Scaled::GAIN : float(factors[0]) * Scaled::GAIN;
     chunk.least[h] = MINS ? float(factors[1]) * Scaled::LOSS : 0.0f;
-    chunk.bytes[h] = Scales::BYTES == 2 ? *(const unsigned short*)bytes
-                     : Scales::BYTES == 1 ? *(const unsigned char*)bytes : 0u;
+    chunk.bytes[h] = Scales::BYTES == 2 ? *(const unsigned short*)bytes : Scales::BYTES == 1 ? bytes[0] : 0u;
   };
   // Add products, divided by Scaled::WHOLE, to those of each eight rows n; row_of(n, e) are inputs at place e.
   auto multiply_chunk = [&](const Chunk& chunk, auto row_of, auto& acc) {

@@ -8,13 +8,12 @@
   typedef typename Codes::High High;
   typedef PaVec<T, 8> Eight;
   // Codes are read with OFFSET added, which saves a subtraction for each.
-  constexpr int FACTORS = Scales::FACTORS, OFFSET = VALUES ? 0 : 128;
+  constexpr int OFFSET = VALUES ? 0 : 128;
   const int M = x_shape[0] * (EACH ? EACH : 1), K = x_shape[1], units = K / 32;
   const int N = weight_shape[EACH ? 1 : 0], words = weight_shape[EACH ? 2 : 1];
   const int lane = PA_LANE, first = (PA_X * NSG + PA_SIMD) * LINES, row0 = PA_Y * ROWS;
   const size_t output0 = EACH ? (size_t)chosen[row0] * N : 0;  // of the row's expert
-  const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
-  const int bytes_at = K / BLOCK * FACTORS;
+  const int highs = K / 32 * LOW, scales_at = highs + K / 32 * HIGH;
   PA_SHARED(float, values, 16);
   if (VALUES) {
     if (PA_SIMD == 0 && lane < 16) values[lane] = pa_value_of<(EXPONENT > 0)>(lane);
@@ -36,12 +35,12 @@
         const PA_DEVICE unsigned int* line = weight + (output0 + (first + l < N ? first + l : N - 1)) * words;
         low[a][l] = ((const PA_DEVICE Low*)line)[unit];
         if (HIGH > 0) high[a][l] = ((const PA_DEVICE High*)(line + highs))[unit];
-        const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
-        const int block = unit / (BLOCK / 32) * FACTORS;
-        factor[a][l] = there >= units ? 0.0f : EXPONENT ? 1.0f : float(given[block]);
-        least[a][l] = MINS && there < units ? float(given[block + 1]) : 0.0f;
-        bytes[a][l] = !SCALED ? 0u : Scales::BYTES == 2 ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
-                                         : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
+        const PA_DEVICE unsigned char* scales = (const PA_DEVICE unsigned char*)(line + scales_at);
+        const PA_DEVICE H* given = (const PA_DEVICE H*)(scales + Scales::factors_at(unit));
+        const PA_DEVICE unsigned char* of = scales + Scales::bytes_at(unit);
+        factor[a][l] = there >= units ? 0.0f : EXPONENT ? 1.0f : float(given[0]);
+        least[a][l] = MINS && there < units ? float(given[1]) : 0.0f;
+        bytes[a][l] = !SCALED ? 0u : Scales::BYTES == 2 ? *(const PA_DEVICE unsigned short*)of : of[0];
       }
     }
     PA_UNROLL for (int a = 0; a < AHEAD; a++) {

@@ -9,16 +9,14 @@
   auto arranged = [&](uint4 v) { return v; };
   auto multiply_unit = [&](const auto&, const unsigned char* stage, int unit, auto rows_of, auto, float (&acc)[4]) {
     const int first = (unit - warp) * UNIT;
-    const unsigned char* factors = stage + FACTORS_AT + first_factor(first) % 16;
-    const unsigned char* bytes = stage + BYTES_AT + first_byte(first) % 16;
+    const unsigned char* scales = stage + SCALES_AT + first_scale(first) % 16;
     PA_UNROLL for (int half = 0; half < 2; half++) {
       const int at = warp * 8 + half * 4 + c;  // 32 weights of the stage
       Chunk chunk;
       PA_UNROLL for (int h = 0; h < 2; h++) {
         const int line = h * 8 + r;
         read_line(chunk, h, stage + line * LOW_PITCH + at * 4 * LOW, stage + HIGH_AT + line * HIGH_PITCH + at * 4 * HIGH,
-                  (const H*)(factors + line * FACTOR_PITCH) + at / (BLOCK / 32) * Scales::FACTORS,
-                  bytes + line * BYTE_PITCH + at * Scales::BYTES);
+                  scales + line * SCALE_PITCH, at);
       }
       float(&only)[1][4] = *(float(*)[1][4])&acc;
       multiply_chunk(chunk, [&](int, int e) { return rows_of(half * 4 + e); }, only);

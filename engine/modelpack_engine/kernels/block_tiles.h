@@ -13,8 +13,7 @@
   const int M = EXPERTS ? row0 + spans[PA_Y * 3 + 2] : x_shape[0];
   if (row0 >= M) return;  // a span that is not used
   const size_t of_expert = EXPERTS ? (size_t)spans[PA_Y * 3] * N : 0;
-  const int highs = K / 32 * LOW, factors = highs + K / 32 * HIGH;
-  const int bytes_at = K / BLOCK * Scales::FACTORS;
+  const int highs = K / 32 * LOW, scales_at = highs + K / 32 * HIGH;
   if (TABLE) PA_SYNC();
   Chunk ahead[AHEAD];
   const unsigned* lines[2];
@@ -25,9 +24,7 @@
   auto fetch = [&](Chunk& chunk, int at) {
     const unsigned unit = at * 4 + c < units ? at * 4 + c : 0;
     PA_UNROLL for (int h = 0; h < 2; h++) {
-      const unsigned char* bytes = (const unsigned char*)((const H*)(lines[h] + factors) + bytes_at);
-      read_line(chunk, h, lines[h] + unit * LOW, lines[h] + highs + unit * HIGH,
-                (const H*)(lines[h] + factors) + unit / (BLOCK / 32) * Scales::FACTORS, bytes + unit * Scales::BYTES);
+      read_line(chunk, h, lines[h] + unit * LOW, lines[h] + highs + unit * HIGH, lines[h] + scales_at, unit);
     }
   };
   PA_UNROLL for (int a = 0; a < AHEAD; a++) {

@@ -2,21 +2,20 @@
   // threadgroups of NSG simdgroups follow each other along the rows.
   //   weight [N, words of a row] uint   out [N, K] T
   typedef PaVec<T, 8> Eight;
-  constexpr int FACTORS = Scales::FACTORS, THREADS = NSG * 32;
-  constexpr int BYTES = BLOCK * (LOW + HIGH) / 8 + FACTORS * 2 + BLOCK / 32 * Scales::BYTES;
+  constexpr int THREADS = NSG * 32, BYTES = BLOCK * (LOW + HIGH) / 8 + BLOCK * Scales::ALL / 256;
   const int words = weight_shape[1], K = words * 4 / BYTES * BLOCK, highs = K / 32 * LOW;
-  const int factors = highs + K / 32 * HIGH, bytes_at = K / BLOCK * FACTORS;
+  const int scales_at = highs + K / 32 * HIGH;
   const int groups = (K / 8 + THREADS - 1) / THREADS, row = PA_X / groups;
   const int eight = PA_X % groups * THREADS + PA_SIMD * 32 + PA_LANE;
   if (eight < K / 8) {
     const PA_DEVICE unsigned int* line = weight + (size_t)row * words;
-    const PA_DEVICE H* given = (const PA_DEVICE H*)(line + factors);
-    const int unit = eight / 4, block = unit / (BLOCK / 32) * FACTORS;
-    const unsigned int bytes = !SCALED ? 0u : Scales::BYTES == 2 ? ((const PA_DEVICE unsigned short*)(given + bytes_at))[unit]
-                                                  : ((const PA_DEVICE unsigned char*)(given + bytes_at))[unit];
-    const int part = eight % 4 * 8 / GROUP;
-    const float scale = Scales::scale(EXPONENT ? 1.0f : float(given[block]), bytes, part);
-    const float offset = Scales::offset(MINS ? float(given[block + 1]) : 0.0f, bytes, part);
+    const PA_DEVICE unsigned char* scales = (const PA_DEVICE unsigned char*)(line + scales_at);
+    const int unit = eight / 4, part = eight % 4 * 8 / GROUP;
+    const PA_DEVICE H* given = (const PA_DEVICE H*)(scales + Scales::factors_at(unit));
+    const PA_DEVICE unsigned char* of = scales + Scales::bytes_at(unit);
+    const unsigned int bytes = !SCALED ? 0u : Scales::BYTES == 2 ? *(const PA_DEVICE unsigned short*)of : of[0];
+    const float scale = Scales::scale(EXPONENT ? 1.0f : float(given[0]), bytes, part);
+    const float offset = Scales::offset(MINS ? float(given[1]) : 0.0f, bytes, part);
     Eight y;
     PA_UNROLL for (int i = 0; i < 4; i++) {
       const int pair = eight * 4 + i;

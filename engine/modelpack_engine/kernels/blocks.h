@@ -1,5 +1,5 @@
 // Weights in GGUF's block types, as layers/blocks.py lays them out. A row of K weights has a plane of LOW bits
-// of each code, one of HIGH bits, factors (float16) and scales (bytes). A word of a plane has 32 / BITS codes. Those of
+// of each code, one of HIGH bits, and one of scales: for each 256 weights, those of groups (bytes) and factors (float16). A word of a plane has 32 / BITS codes. Those of
 // weights 2 i and 2 i + 1 are 16 bits apart, so that both are read at once. Pairs i and i + 2 of an eight are 8 bits
 // apart in all planes, so that codes of four weights are read at once, too.
 // Of FLOATS, the signs of a pair are apart from the other bits (`place`).
@@ -43,10 +43,16 @@ PA_FUNCTION float pa_small_float(unsigned int bits) {
 // an offset.
 // EXPONENT: weights are floats (E2M1), there are no factors, and a group's byte is a scale with so many bits of exponent:
 // 8 (E8M0) or 4 (E4M3).
-template <int GROUP, bool SCALED, bool MINS, int EXPONENT>
+template <int GROUP, int BLOCK, bool SCALED, bool MINS, int EXPONENT>
 struct PaScales {
-  // The factors of a block, and the bytes of 32 weights.
+  // The factors of a block, the bytes of 32 weights, and those of 256 with their factors.
   enum { FACTORS = EXPONENT ? 0 : MINS ? 2 : 1, BYTES = !SCALED ? 0 : GROUP == 16 || MINS ? 2 : 1 };
+  enum { ALL = 8 * BYTES + 256 / BLOCK * FACTORS * 2 };
+  // Where the bytes of 32 weights are in a plane of scales, and the factors of their block.
+  static PA_FUNCTION int bytes_at(int unit) { return unit / 8 * ALL + unit % 8 * BYTES; }
+  static PA_FUNCTION int factors_at(int unit) {
+    return unit / 8 * ALL + 8 * BYTES + unit % 8 / (BLOCK / 32) * FACTORS * 2;
+  }
   static PA_FUNCTION float scale(float factor, unsigned int bytes, int part) {
     if (!SCALED) return factor;
     if (EXPONENT == 8) return factor * pa_float(bytes ? bytes << 23 : 0x400000u);

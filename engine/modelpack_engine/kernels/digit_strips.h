@@ -11,8 +11,7 @@
   auto multiply_unit = [&](const auto& own, const unsigned char* stage, int unit, auto rows_of, auto sum_of, auto& acc) {
     constexpr int TILES = sizeof(acc) / 8;
     const int first = (unit - warp) * UNIT;
-    const unsigned char* factors = stage + FACTORS_AT + first_factor(first) % 16;
-    const unsigned char* bytes = stage + BYTES_AT + first_byte(first) % 16;
+    const unsigned char* scales = stage + SCALES_AT + first_scale(first) % 16;
     int whole[TILES][4] = {};
     float sums[TILES * 2] = {}, offsets[TILES * 2] = {}, least[TILES * 2] = {};
     PA_UNROLL for (int i = 0; i < 8; i++) {  // 32 weights of each output
@@ -33,12 +32,12 @@
             codes[j * 2 + h] = Lows::bytes(HIGH == 0 ? low ^ turned : low, j) | (HIGH == 0 ? 0u : Highs::bytes(high, j));
           }
         }
-        const unsigned char* scale = bytes + line * BYTE_PITCH + at * Scales::BYTES;
+        const unsigned char* scale = scales + line * SCALE_PITCH + Scales::bytes_at(at);
         if (SCALED) number[h] = MINS ? scale[GROUP == 16 ? c / 2 : 0] : ((const signed char*)scale)[GROUP == 16 ? c / 2 : 0];
         if (MINS && SCALED) other[h] = GROUP == 16 ? number[h] >> 4 : scale[1];
         if (MINS && SCALED && GROUP == 16) number[h] &= 15;
         if (last) {
-          const H* of = (const H*)(factors + line * FACTOR_PITCH) + at / (BLOCK / 32) * Scales::FACTORS;
+          const H* of = (const H*)(scales + line * SCALE_PITCH + Scales::factors_at(at));
           factor[h] = float(of[0]);
           if (MINS) offset[h] = float(of[1]);
         }
@@ -51,8 +50,9 @@
         PA_UNROLL for (int h = 0; h < 2; h++) {
           PA_UNROLL for (int j = h * 2; j < h * 2 + 2; j++) whole[t][j] = SCALED ? whole[t][j] + number[h] * sum[j] : sum[j];
           if (MINS) least[t * 2 + h] += SCALED ? float(other[h]) * group : group;
-          if (last) {  // of the factor's weights
-            sums[t * 2 + h] += factor[h] * (float(whole[t][h * 2]) + 256.0f * float(whole[t][h * 2 + 1]));
+          if (last) {  // of the factor's weights; sums of 32 products and 256 times as much are in 32 bits
+            const int low = whole[t][h * 2], high = whole[t][h * 2 + 1];
+            sums[t * 2 + h] += factor[h] * (SCALED ? float(low) + 256.0f * float(high) : float(low + 256 * high));
             if (MINS) offsets[t * 2 + h] += offset[h] * least[t * 2 + h];
             whole[t][h * 2] = whole[t][h * 2 + 1] = 0, least[t * 2 + h] = 0.0f;
           }

@@ -1,8 +1,9 @@
 """Layers and embeddings whose weights keep the codes and scales of a block type: GGUF's, or FP4.
 
-A row of whole blocks is held as words: a plane of the codes' low bits, one of their high bits, the
-float16 factors of blocks, and the scales of groups in bytes, padded to 16 bytes. That takes at most
-4 % more than the file in rows of 2,048 weights or more, and 6 % where halves have factors.
+A row of whole blocks is held as words: a plane of the codes' low bits, one of their high bits, and
+one of scales: bytes of a superblock's groups, and then its float16 factors. Rows are padded to 16
+bytes. That takes at most 4 % more than the file in rows of 2,048 weights or more, and 6 % where
+halves have factors.
 `kernels/blocks.h` reads it; `models/planes.py` makes it.
 
 Few rows are multiplied by kernels that read these words; for many, a layer's weights, those of all
@@ -76,6 +77,11 @@ class BlockType:
         return (2 if self.group == 16 or self.mins else 1) if self.scaled else 0
 
     @property
+    def scale_bytes(self) -> int:
+        """The bytes of a superblock's scales, and of its factors after them."""
+        return SUPERBLOCK // 32 * self.group_bytes + SUPERBLOCK // self.block * self.factors * 2
+
+    @property
     def halved(self) -> BlockType:
         """The type with factors for each half of a superblock, so that halves can be reordered."""
         return replace(self, shared=SUPERBLOCK // 2) if self.block == SUPERBLOCK else self
@@ -92,7 +98,7 @@ class BlockType:
 
     def _bytes(self, inputs: int) -> int:
         codes = inputs * (self.low + self.high) // 8
-        return codes + inputs // self.block * self.factors * 2 + inputs // 32 * self.group_bytes
+        return codes + inputs * self.scale_bytes // SUPERBLOCK
 
     @property
     def constants(self) -> list[tuple[str, int | bool]]:
@@ -335,17 +341,20 @@ def computed_values(weight: mx.array, kind: BlockType, dtype: mx.Dtype) -> mx.ar
     if kind.high:
         codes = codes | _codes(weight[:, highs:factors], kind.high) << kind.low
     numbers = mx.array(kind.table, mx.float32)[codes] if kind.table else _signed(codes, kind.zero)
-    rest = weight[:, factors:]
     blocks = inputs // kind.block
-    halves = rest.view(mx.float16)[:, : blocks * kind.factors]
-    of_blocks = halves.astype(mx.float32).reshape(rows, blocks, kind.factors, 1)
+    rest = weight[:, factors:].view(mx.uint8)[:, : inputs * kind.scale_bytes // SUPERBLOCK]
+    given = rest
+    if kind.scaled and kind.factors:
+        given, rest = mx.split(
+            rest.reshape(rows, -1, kind.scale_bytes), [SUPERBLOCK // 32 * kind.group_bytes], axis=2
+        )
     scales = offsets = mx.ones((rows, blocks, 1))
     if kind.factors:
+        halves = mx.contiguous(rest).view(mx.float16).astype(mx.float32)
+        of_blocks = halves.reshape(rows, blocks, kind.factors, 1)
         scales, offsets = of_blocks[:, :, 0], of_blocks[:, :, -1]
     if kind.scaled:
-        start = blocks * kind.factors * 2
-        size = inputs // 32 * kind.group_bytes
-        given = rest.view(mx.uint8)[:, start : start + size].reshape(rows, blocks, -1)
+        given = given.reshape(rows, blocks, -1)
         if kind.mins and kind.group == 16:
             scales, offsets = scales * (given & 15), offsets * (given >> 4)
         elif kind.mins:
@@ -515,7 +524,6 @@ def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> W
     """Return random weights of a type: any codes and scales, of 0.03 or so. For tests."""
     random = np.random.default_rng(seed)
     words = random.integers(0, 1 << 32, (outputs, kind.words(inputs)), dtype=np.uint32)
-    start = inputs // 32 * (kind.low + kind.high) * 2
     count = inputs // kind.block * kind.factors
     code = 64 if kind.table else 1 << (kind.low + kind.high - 2)
     number = 1 if not kind.scaled else 8 if kind.mins and kind.group == 16 else 64
@@ -528,7 +536,13 @@ def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> W
         numbers |= 0x70707070
     elif kind.exponent:  # of 2 ** -9 to 2 ** -4 or so, some of them negative
         numbers &= 0x9F9F9F9F
-    words.view(np.float16)[:, start : start + count] = small.astype(np.float16)
+    scales = words.view(np.uint8)[:, inputs // 8 * (kind.low + kind.high) :]
+    halves = small.astype(np.float16).view(np.uint8)
+    size, own = kind.scale_bytes, SUPERBLOCK // kind.block * kind.factors * 2
+    for number, first in enumerate(range(0, halves.shape[1], own or 1)):
+        some = halves[:, first : first + own]
+        at = (number + 1) * size - own
+        scales[:, at : at + some.shape[1]] = some
     return words
 
 

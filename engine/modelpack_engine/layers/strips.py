@@ -57,21 +57,26 @@ class Format:
             return False
         return rows <= _MOST_IN_DIGITS
 
-    def stage_bytes(self, units: int, rows: int) -> int:
-        """Return the bytes of a stage with so many units of 16 outputs, as the kernels lay it."""
+    def stage_bytes(self, units: int, rows: int, *, whole: bool) -> int:
+        """Return the bytes of a stage with so many units of 16 outputs, as the kernels lay it.
+
+        Stages of block types that have `whole` rows have them as they are in memory.
+        """
         if (kind := self.blocks) is None:
             codes, scales = units * _UNIT * self.bits // 8, units * _UNIT // self.group_size * 2
             pad = self.group_size * self.bits // 8
             lines = codes + (pad if pad < 128 else 16)
             return 16 * lines + 32 * (scales + 16 * (scales % 32 == 0))
         in_digits = self.in_digits(rows)
+        if whole:
+            row = -(-kind.words(units * _UNIT) * 4 // 128) * 128
+            return 16 * (row + (16 if in_digits else 16 * kind.low))
         planes = sum(
             units * 32 * bits + (16 if in_digits else 16 * bits)
             for bits in (kind.low, kind.high)
             if bits
         )
-        halves, scales = _UNIT // kind.block * kind.factors * 2, 8 * kind.group_bytes
-        return 16 * (planes + sum((units * each + 47) // 16 * 16 for each in (halves, scales)))
+        return 16 * (planes + (units * kind.scale_bytes + 47) // 16 * 16)
 
     def row_bytes(self, inputs: int, rows: int, warps: int) -> int:
         """Return the bytes of rows in shared memory, with the sums of their groups.
@@ -160,7 +165,7 @@ def plan(rows: int, inputs: int, form: Format, *, parted: bool = False) -> Strip
         warps = -(-own // (splits * least)) * least
         if warps > _MOST_WARPS:
             continue
-        stage = form.stage_bytes(warps, kept)
+        stage = form.stage_bytes(warps, kept, whole=warps == units)
         rest = form.row_bytes(own * _UNIT, kept, warps)
         rest += 2 * warps * kept * 16 * 4 + 96 + 16 * _MOST_STAGES
         for beside in (2, 1) if warps * 2 <= _MOST_WARPS else (1,):
@@ -208,7 +213,8 @@ def _run(
         in_digits = form.in_digits(strips.rows)
         body = "digit_strips" if in_digits else "block_strips"
         given = {"weight": weights.weight, "bias": weights.bias}
-        constants = [*constants, ("DIGITS", in_digits)]
+        whole = strips.warps * _UNIT == weights.num_inputs
+        constants = [*constants, ("DIGITS", in_digits), ("WHOLE", whole)]
     return launch.run_on_cuda(
         body,
         {
@@ -253,16 +259,17 @@ def random_weights_of(
 
 def _compare(dtype: mx.Dtype, form: Format, rows: int, biased: bool) -> str | None:
     keys = launch.random_keys(17, 3)
-    # With 40, the last stage of a strip is a shorter one; with 42, 22 and 14, factors and scales of
-    # block types do not begin at whole 16 bytes. Of 4 rows, a warp multiplies several units.
-    units = {4: 22, 8: 14}.get(rows, 42) if form.blocks else {4: 24, 8: 16}.get(rows, 40)
-    outputs, inputs = 16 * 20 + 8, _UNIT * units
+    # Rows are whole in a stage. Their halves are in two, of which the last is shorter unless groups
+    # are too large; scales of block types do not begin at whole 16 bytes there.
+    units = 14 if form.blocks else 16
+    outputs, inputs = 16 * 21, _UNIT * units
     weights, full, bias = random_weights_of(dtype, form, (outputs, inputs), biased=biased)
     a, b = (mx.random.normal((rows, inputs), key=key).astype(dtype) for key in keys[:2])
     whole = plan(rows, inputs, form)
     assert whole is not None
     whole = replace(whole, blocks=12)
-    halves = replace(whole, parts=2, warps=min(whole.warps, units // 2))
+    warps = 4 if form.blocks or form.group_size == 128 else 6
+    halves = replace(whole, parts=2, warps=warps)
     expected = a.astype(mx.float32) @ full.T + bias
     gate, up = mx.split(expected, 2, axis=1)
     found = {

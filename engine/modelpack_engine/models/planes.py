@@ -21,6 +21,7 @@ from mlx.utils import tree_unflatten
 from modelpack_engine.layers.blocks import (
     BLOCK_TYPES,
     PLACES_OF_FLOATS,
+    SUPERBLOCK,
     BlockEmbedding,
     BlockLinear,
     BlockSwitchLinear,
@@ -162,13 +163,18 @@ def _words(blocks: _Blocks, kind: BlockType) -> mx.array:
         found = [_plane(codes & ((1 << kind.low) - 1), kind.low)]
     if kind.high:
         found.append(_plane(codes >> kind.low, kind.high))
-    if blocks.factors is not None:
-        found.append(blocks.factors.view(mx.uint8))
+    parts: list[mx.array] = []
     if blocks.scales is not None:
         scales = blocks.scales
         if kind.group == 16:  # they move with the halves of 32 weights
             scales = mx.take(scales, order_of_eights(inputs)[::2] // 2, axis=1)
-        found.append(scales)
+        parts.append(scales)
+    if blocks.factors is not None:
+        parts.append(blocks.factors.view(mx.uint8))
+    if len(parts) == 2:
+        of_superblocks = [part.reshape(rows, inputs // SUPERBLOCK, -1) for part in parts]
+        parts = [mx.concatenate(of_superblocks, axis=2).reshape(rows, -1)]
+    found += parts
     missing = kind.words(inputs) * 4 - sum(part.shape[1] for part in found)
     found.append(mx.zeros((rows, missing), mx.uint8))
     return mx.concatenate(found, axis=1).view(mx.uint32)
