@@ -12,6 +12,7 @@ experts, are computed in full for the time of its matmul.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 
@@ -237,6 +238,18 @@ def _rows_of_experts(x: mx.array, indices: mx.array) -> mx.array | None:
     if one != 1 or tuple(outer) not in (indices.shape, (*indices.shape[:-1], 1)):
         return None
     return x.reshape(-1, inputs)
+
+
+def layer_of(
+    kind: BlockType, shape: Sequence[int], dtype: mx.Dtype, *, embedding: bool, bias: bool
+) -> BlockLinear | BlockEmbedding | BlockSwitchLinear:
+    """Return a layer for weights [outputs, inputs], or those of experts."""
+    *experts, rows, inputs = shape
+    if embedding:
+        return BlockEmbedding(kind, inputs, rows, dtype)
+    if experts:
+        return BlockSwitchLinear(kind, inputs, rows, experts[0], dtype, bias=bias)
+    return BlockLinear(kind, inputs, rows, dtype, bias=bias)
 
 
 #: The layers that hold a block type.
@@ -539,9 +552,9 @@ def random_words(kind: BlockType, outputs: int, inputs: int, seed: int = 0) -> W
     scales = words.view(np.uint8)[:, inputs // 8 * (kind.low + kind.high) :]
     halves = small.astype(np.float16).view(np.uint8)
     size, own = kind.scale_bytes, SUPERBLOCK // kind.block * kind.factors * 2
-    for number, first in enumerate(range(0, halves.shape[1], own or 1)):
-        some = halves[:, first : first + own]
-        at = (number + 1) * size - own
+    for superblock in range(-(-inputs // SUPERBLOCK)):
+        some = halves[:, superblock * own : (superblock + 1) * own]
+        at = (superblock + 1) * size - own
         scales[:, at : at + some.shape[1]] = some
     return words
 

@@ -31,10 +31,8 @@ from modelpack.formats.adapter import Adapter
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.weights import PackedWeights
 from modelpack_engine.layers.blocks import (
-    BlockEmbedding,
-    BlockLinear,
-    BlockSwitchLinear,
     BlockType,
+    layer_of,
 )
 from modelpack_engine.models import gguf_blocks, load_progress, planes
 from modelpack_engine.models.adapter import merged_weight, read_layers
@@ -473,11 +471,14 @@ def _load_weights(model: Any, parameters: Collection[Parameter], precision: Prec
     plans = [_plan(parameter, modules.get(parameter.path), precision) for parameter in parameters]
     if precision.blocks:
         plans = _within_the_file(plans, modules, precision.dtype)
-    in_blocks = [
-        (plan.parameter.path, _module_of(plan.blocks, modules[plan.parameter.path], precision))
-        for plan in plans
-        if plan.blocks is not None
-    ]
+    in_blocks = []
+    for plan in plans:
+        if plan.blocks is not None:
+            path, module = plan.parameter.path, modules[plan.parameter.path]
+            embedding, bias = isinstance(module, Embedding), "bias" in module
+            shape = module.weight.shape
+            held = layer_of(plan.blocks, shape, precision.dtype, embedding=embedding, bias=bias)
+            in_blocks.append((path, held))
     model.update_modules(tree_unflatten(in_blocks))
     packed = {
         plan.parameter.path: {"group_size": GROUP_SIZE, **asdict(plan.packing)}
@@ -565,19 +566,6 @@ def _within_the_file(
             changed[at] = TensorPlan(parameter, blocks=blocks)
             held += changed[at].held_bytes(dtype) - plans[at].held_bytes(dtype)
     return changed if held <= _MOST_MORE * stored else plans
-
-
-def _module_of(
-    kind: BlockType, module: Any, precision: Precision
-) -> BlockLinear | BlockEmbedding | BlockSwitchLinear:
-    """Return the module for weights in blocks in place of a plain one."""
-    *experts, rows, inputs = module.weight.shape
-    if isinstance(module, Embedding):
-        return BlockEmbedding(kind, inputs, rows, precision.dtype)
-    has_bias = "bias" in module
-    if experts:
-        return BlockSwitchLinear(kind, inputs, rows, experts[0], precision.dtype, bias=has_bias)
-    return BlockLinear(kind, inputs, rows, precision.dtype, bias=has_bias)
 
 
 def _layer(tensor: str) -> int | None:

@@ -414,7 +414,6 @@ def _load_safetensors(
         if left:
             notes.append(f"{len(left)} modules stay quantised, for example {left[0]}")
     if weights is None and shard is None and launch.backend() == "cuda":
-        # MLX compiles its kernels for these weights for minutes there.
         hold_floats(model, dtype or mx.bfloat16)
     if adapter is not None and weights is None:
         language = model if seeing is None else language_tower(model)

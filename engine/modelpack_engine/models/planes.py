@@ -18,18 +18,18 @@ import numpy as np
 from mlx.nn.layers.quantized import QuantizedEmbedding, QuantizedLinear
 from mlx.utils import tree_unflatten
 
+from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.layers.blocks import (
     BLOCK_TYPES,
     PLACES_OF_FLOATS,
     SUPERBLOCK,
-    BlockEmbedding,
-    BlockLinear,
-    BlockSwitchLinear,
     BlockType,
     bit_of_pair,
+    layer_of,
     order_of_eights,
 )
 from modelpack_engine.models.gguf_file import GGUFTensor
+from modelpack_engine.models.load_budget import checkpoint
 
 #: The types that stay as they are stored on a GPU: MLX has no layout for their codes, or for those
 #: of 5 bits, no fast kernel. Those of 4 and 8 bits have fast kernels in MLX's layout.
@@ -45,7 +45,7 @@ _CODES_AT_ONCE = 1 << 24
 class _Blocks:
     """Codes uint8 [blocks, weights], factors float16 bits [blocks, 1 or 2], and bytes of scales.
 
-    Or those of rows, [rows, ...].
+    `_words` takes them by row: [rows, weights of a row], and so on.
     """
 
     codes: mx.array
@@ -79,11 +79,18 @@ def hold_floats(model: Any, dtype: mx.Dtype) -> None:
     """Hold MLX's floats of 4 bits as block types: layers in its modes `mxfp4` and `nvfp4`.
 
     Embeddings return `dtype`. Layers with a scale of all weights, or with rows of no whole blocks,
-    stay as they are.
+    stay as they are. Raises `ModelLoadError` for a file that MLX reads only now, and cannot.
     """
     replaced: list[tuple[str, Any]] = []
+    made: dict[int, Any] = {}  # by the layer's id, as a layer may be at several paths
     for path, module in model.named_modules():
-        if (held := _held(module, dtype)) is not None:
+        checkpoint()
+        try:
+            held = made.get(id(module)) or _held(module, dtype)
+        except (RuntimeError, ValueError) as error:
+            raise ModelLoadError(f"the weights cannot be read: {error}") from error
+        if held is not None:
+            made[id(module)] = held
             replaced.append((path, held))
             # MLX's arrays go now: a model in memory twice might not fit.
             module.weight = module.scales = None
@@ -109,14 +116,10 @@ def _held(module: Any, dtype: mx.Dtype) -> Any:
         codes = words[first:last, :, None] >> mx.arange(0, 32, 4, mx.uint32) & 15
         return _Blocks(codes.astype(mx.uint8).reshape(-1, inputs), None, scales[first:last])
 
-    if type(module) is QuantizedEmbedding:
-        held: Any = BlockEmbedding(kind, inputs, rows, dtype)
-    elif type(module) is QuantizedLinear:
-        held = BlockLinear(kind, inputs, rows, dtype)
-    else:
-        held = BlockSwitchLinear(kind, inputs, outer[1], outer[0], dtype)
+    embedding, bias = type(module) is QuantizedEmbedding, "bias" in module
+    held: Any = layer_of(kind, (*outer, inputs), dtype, embedding=embedding, bias=bias)
     held.weight = _rows(some, rows, inputs, kind).reshape(*outer, -1)
-    if "bias" in module:
+    if bias:
         held.bias = module["bias"]
     return held
 

@@ -144,6 +144,16 @@ def test_floats_of_mlx_keep_their_values(name: str, count: int, seed: int) -> No
     assert held.embedding(mx.array([1])).dtype == mx.float16
 
 
+def test_a_layer_at_two_paths_is_held_once() -> None:
+    model: Any = nn.Module()
+    model.one = model.other = nn.QuantizedLinear(64, 8, mode="mxfp4")
+    model.plain = nn.QuantizedLinear(64, 8)
+    planes.hold_floats(model, mx.bfloat16)
+    assert type(model.one) is BlockLinear
+    assert model.other is model.one
+    assert type(model.plain) is nn.QuantizedLinear
+
+
 @pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
 def test_rows_of_models_take_at_most_four_percent_more(name: str) -> None:
     elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from modelpack.store.layout import LayoutStore
 from modelpack_engine.errors import ModelLoadError
 from modelpack_engine.kernels import launch
 from modelpack_engine.layers.blocks import BlockEmbedding, BlockLinear, BlockSwitchLinear
-from modelpack_engine.models import LoadedModel, ModelFiles, load
+from modelpack_engine.models import LoadedModel, ModelFiles, load, planes
 from tests.engine.loaders.test_tokenizers import small
 from tests.engine.loaders.tiny_models import TINY_MODELS, TinyModel
 
@@ -122,6 +123,25 @@ def test_floats_of_4_bits_are_blocks_on_cuda(
     assert (BlockSwitchLinear in kinds) is (name == "gpt-oss")
     assert mode not in {getattr(module, "mode", "") for module in modules}
     np.testing.assert_allclose(tiny.logits(held.model), tiny.logits(dense.model), atol=1e-5)
+
+
+def test_a_damaged_file_of_floats_is_said_to_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On CUDA its arrays are read before others."""
+    model, config = quantize_model(TINY.build(), copy.deepcopy(TINY.config), 32, 4, mode="mxfp4")
+    path = save(tmp_path, model, config) / "model.safetensors"
+    monkeypatch.setattr(launch, "backend", lambda: "cuda")
+    files = ModelFiles.from_directory(tmp_path)
+    held = planes._held
+
+    def shorter(*given: Any) -> Any:
+        os.truncate(path, path.stat().st_size // 2)
+        return held(*given)
+
+    monkeypatch.setattr(planes, "_held", shorter)
+    with pytest.raises(ModelLoadError, match="the weights cannot be read"):
+        load(files, device="cpu", dense=False)
 
 
 @pytest.mark.parametrize(("mode", "bits", "group_size"), MODES)

@@ -124,6 +124,8 @@ and scales, in 8 bits if not all have 4. Further quantised types are rounded to 
   and `nvfp4`. On Metal, MXFP4 keeps its own codes in MLX's layout, NVFP4 becomes 8 bits, and MLX's
   kernels multiply. GGUF files whose NVFP4 tensors have scales of their own beside them (`.scale`)
   do not load.
+- Embedding models, layers that predict tokens, vision towers in files of their own, and models that
+  are divided between devices keep MLX's layout of floats of 4 bits, and its kernels.
 - **CPU library** is [our own](cpu.md), for models of Llama's shape.
 
 | type | file | GPU | in memory | CUDA | CPU library |
