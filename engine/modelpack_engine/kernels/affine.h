@@ -33,14 +33,15 @@ struct PaAffine<__nv_bfloat16, BITS> {
   }
 };
 // The weights of a group, divided by WHOLE: (number - ZERO) * scale + offset, of pairs of codes below 128, of values, or of
-// floats whose bits begin at PLACE of a number. The caller multiplies scales by GAIN and offsets by LOSS. If ZERO is not 0,
+// floats whose bits begin at PLACE of a number, and whose scales have 8 or 4 bits of exponent. The caller multiplies scales by GAIN and offsets by LOSS. If ZERO is not 0,
 // it is a power of two, and there is no offset.
-enum { PA_CODES, PA_VALUES, PA_FLOATS };
+enum { PA_CODES, PA_VALUES };
 template <typename E, int ZERO, int NUMBERS>
 struct PaScaled {  // __half
   static_assert((ZERO & (ZERO - 1)) == 0, "times a scale, it would be rounded");
-  // Floats are 2^-14 times as large as they should be.
-  static constexpr float WHOLE = NUMBERS == PA_FLOATS ? 128.0f : 1.0f, GAIN = WHOLE, LOSS = 1.0f;
+  // Floats are 2^-14 times as large as they should be. Exact are scales of 2^-22 to 4, and all of 4 bits of exponent.
+  static constexpr float WHOLE = NUMBERS == 8 ? 2.0f : NUMBERS == 4 ? 128.0f : 1.0f;
+  static constexpr float GAIN = NUMBERS == 8 ? 8192.0f : WHOLE, LOSS = 1.0f;
   static constexpr int PLACE = 9;
   unsigned scales, offsets;
   PaScaled() = default;

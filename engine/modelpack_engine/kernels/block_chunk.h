@@ -1,7 +1,7 @@
   // A chunk of 128 inputs of 16 outputs in a block type (blocks.h), and its products on tensor cores; CUDA only. Lane
   // (r, c) has the 32 weights from c * 32 on of outputs r and r + 8, and as many inputs of row r of each eight rows.
   // Sums may have any order, so the tensor cores' inputs 2 c, 2 c + 1, 2 c + 8 and 2 c + 9 are four of these 32.
-  typedef PaScaled<T, ZERO, TABLE ? PA_VALUES : EXPONENT ? PA_FLOATS : PA_CODES> Scaled;
+  typedef PaScaled<T, ZERO, EXPONENT ? EXPONENT : TABLE ? PA_VALUES : PA_CODES> Scaled;
   struct Chunk {
     typename Codes::Low low[2];
     typename Codes::High high[2];

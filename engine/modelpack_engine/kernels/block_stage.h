@@ -1,7 +1,8 @@
   // Units of weights in GGUF's block types (blocks.h), for strips.h: how they are copied to a stage.
   //   weight [N, words of a row] uint
   // DIGITS: a lane reads a word at a time of a plane, otherwise all those of 32 weights.
-  // WHOLE: a stage has whole rows, each of which is copied at once. A multiprocessor begins a copy about every 45 clocks.
+  // WHOLE: a stage has whole rows, each of which is copied at once. A multiprocessor begins a copy about every 45 clocks
+  // (benchmarks/results/packed-h200.md).
   // The bytes of a unit in each plane of a stage: low and high bits of codes, and scales. Lines of a plane are as far apart
   // as lets lanes read at the same time; those of scales begin with up to 15 other bytes, as whole 16 bytes are copied.
   constexpr int LOWS = 32 * LOW, HIGHS = 32 * HIGH, APART = DIGITS ? 1 : LOW;

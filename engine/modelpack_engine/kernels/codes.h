@@ -25,10 +25,18 @@ __device__ inline unsigned pa_bits_of_pair(unsigned word, int pair, unsigned oth
   return others ? pa_masked(word, mask, others) : word & mask;
 }
 // What is multiplied for pairs of codes and pairs of a row's elements: numbers, which stand for the codes, and what
-// `rows` makes of the elements. The sum of their products is that of the codes and elements, divided by WHOLE.
+// `rows` makes of the elements. The sum of their products is that of the codes and elements, divided by WHOLE. A pair of
+// offsets is the sum of OFFSET_PARTS pairs of bfloat16.
 template <typename E, int BITS>
 struct PaPairs {  // __half, of which bits 0 to 9 are an integer times 2^-24
   static constexpr float WHOLE = 16777216.0f;
+  static constexpr int OFFSET_PARTS = 2;
+  static __device__ inline unsigned offsets(unsigned pair, int part) {
+    const PaVec<E, 2> both = *(const PaVec<E, 2>*)&pair;
+    const float one = float(both.e[0]), other = float(both.e[1]);
+    if (part == 0) return pa_pack<__nv_bfloat16>(one, other);
+    return pa_pack<__nv_bfloat16>(one - float(__nv_bfloat16(one)), other - float(__nv_bfloat16(other)));
+  }
   static __device__ inline unsigned numbers(unsigned word, int pair) {
     return BITS == 8 ? pa_bits_of_pair<8>(word, pair) : word >> pair * 4 & 0x000f000fu;
   }
@@ -39,6 +47,8 @@ struct PaPairs {  // __half, of which bits 0 to 9 are an integer times 2^-24
 template <int BITS>
 struct PaPairs<__nv_bfloat16, BITS> {
   static constexpr float WHOLE = 590295810358705651712.0f;  // 2^69
+  static constexpr int OFFSET_PARTS = 1;
+  static __device__ inline unsigned offsets(unsigned pair, int) { return pair; }
   static __device__ inline unsigned numbers(unsigned word, int pair) {
     return pa_bits_of_pair<BITS>(word, pair);
   }

@@ -8,12 +8,11 @@
   constexpr int SUMS = 4;
   constexpr int ROWS_BYTES = DIRECT ? 0 : D * ROWS * 2 + SHARED_SUMS * (D / GROUP * ROWS) * 4;
   uint4* given = (uint4*)(pa_memory + STAGES * STAGE);  // the rows, in the order in which lanes read them
-  unsigned* whole = (unsigned*)(given + D / 8 * ROWS);  // sums of their groups
-  // A sum as two numbers of the type T, the second of which is what the first one lacks.
+  unsigned* whole = (unsigned*)(given + D / 8 * ROWS);  // the two numbers of each sum of a group
+  // A sum as two numbers, the second of which is what the first one lacks.
   auto in_two = [&](float sum) {
-    sum *= 1.0f / SUMS_WHOLE;
-    const float most = float(T(sum));
-    return pa_pack<T>(most, sum - most);
+    const float most = float(__nv_bfloat16(sum));
+    return pa_pack<__nv_bfloat16>(most, sum - most);
   };
   auto keep = [&](int row, int at, Eight values, bool there) {
     float sum = 0.0f;

@@ -65,14 +65,15 @@
         PA_UNROLL for (int h = 0; h < (ROWS == 1 ? 1 : 2); h++) acc[high * 2 + h] += scale * sum[high * 2 + h];
       }
     }
-    // Offsets are multiplied by the rows' sums on tensor cores, too.
-    unsigned offsets[2];
-    PA_UNROLL for (int high = 0; high < 2; high++) {
-      offsets[high] = *(const unsigned*)(scales_of_unit + (16 + high * 8) * SCALE_PITCH + c * 2 % GROUPS * 2);
-    }
-    const unsigned twice[4] = {offsets[0], offsets[1], offsets[0], offsets[1]};
+    // Offsets are multiplied by the rows' sums on tensor cores, too, as numbers that have the range of sums.
+    const unsigned char* offsets = scales_of_unit + 16 * SCALE_PITCH + c * 2 % GROUPS * 2;
     const uint2 sums = sum_of();
     float products[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    pa_mma<T>(products, twice, sums.x, sums.y);
-    PA_UNROLL for (int i = 0; i < 4; i++) acc[i] += SUMS_WHOLE / Pairs::WHOLE * products[i];
+    PA_UNROLL for (int part = 0; part < Pairs::OFFSET_PARTS; part++) {
+      const unsigned low = Pairs::offsets(*(const unsigned*)offsets, part);
+      const unsigned high = Pairs::offsets(*(const unsigned*)(offsets + 8 * SCALE_PITCH), part);
+      const unsigned twice[4] = {low, high, low, high};
+      pa_mma<__nv_bfloat16>(products, twice, sums.x, sums.y);
+    }
+    PA_UNROLL for (int i = 0; i < 4; i++) acc[i] += 1.0f / Pairs::WHOLE * products[i];
   };

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelpack_engine.kernels import launch
-from modelpack_engine.layers import matmul, packed, strips
+from modelpack_engine.layers import blocks, matmul, packed, strips
 from modelpack_engine.layers.blocks import BLOCK_TYPES
 from modelpack_engine.layers.dots import Normed
 from modelpack_engine.layers.strips import Format
@@ -139,8 +139,11 @@ def test_strips_agree_with_mlx(
     assert {(call["BITS"], call["BIAS"]) for call in calls} == {(bits, biased)}
     assert max(call["STRIDE"] for call in calls) < 21  # blocks compute several strips
     assert {call["ROWS"] for call in calls} == {rows}
+    fewer = 4 if group_size == 128 else 6
     sizes = {(call["D"] // 256, call["WARPS"]) for call in calls}
-    assert sizes == {(16, 16), (8, 4 if group_size == 128 else 6)}
+    assert sizes == {
+        (16, 16), (8, 8 if rows == 8 else fewer), *([(16, fewer)] if rows == 1 else [])
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,9 @@ def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int
     assert {(name, call["BIAS"]) for name, call in host.calls} == {(body, biased)}
     assert max(call["STRIDE"] for _, call in host.calls) < 21
     sizes = {(call["WHOLE"], call["D"] // 256, call["WARPS"]) for _, call in host.calls}
-    assert sizes == {(True, 14, 14), (False, 7, 4)}
+    assert sizes == {
+        (True, 14, 14), (False, 7, 7 if rows == 8 else 4), *([(False, 14, 4)] if rows == 1 else [])
+    }  # fmt: skip
 
 
 @pytest.mark.long
@@ -167,7 +172,7 @@ def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int
     ("form", "rows", "wrong", "problem"),
     [
         (OF_64, 8, ("= Pairs::WHOLE", "= 1.0f"), "the product of 8 rows is off"),
-        (OF_64, 8, ("SUMS_WHOLE / Pairs", "1.0f / Pairs"), "the product of 8 rows is off"),
+        (OF_64, 8, ("1.0f / Pairs::WHOLE", "1.0f"), "the product of 8 rows is off"),
         (OF_64, 8, ("c % (GROUPS / 2)", "0"), "the product of 8 rows is off"),
         (Format(4, 32), 1, ("c * 2 % GROUPS) * ROWS", "0) * ROWS"), "the product of 1 rows is off"),
         (OF_64, 8, ("BITS == 8 ? v.y : v.z", "v.y"), "the product of 8 rows is off"),
@@ -183,7 +188,12 @@ def test_strips_of_block_types(host: Host, name: str, dtype: mx.Dtype, rows: int
             "the product of 1 rows is off",
         ),
         (OF_64, 4, ("PA_Z * D + first * UNIT", "first * UNIT"), "the sum of parts is off"),
-        (Format(8, 64), 1, ("PARTS; part++", "1; part++"), "the product of a norm is off"),
+        (
+            Format(8, 64),
+            1,
+            ("part < PARTS", "part < 1"),
+            "the product of a norm in a stage is off",
+        ),
         (Q6_K, 4, ("value *= FACTOR, up *= FACTOR;", ""), "the product of 4 rows is off"),
         (Q6_K, 1, ("first_scale(first) % 16", "0"), "the sum of parts is off"),
         (Q6_K, 4, ("first_scale(first) % 16", "0"), "the sum of parts is off"),
@@ -241,13 +251,13 @@ def test_digits_lose_nothing_beside_large_inputs(host: Host, name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("dtype", "size"), [(BF16, 1), (F16, 1), (F16, 1e-5), (F16, 5e3)])
 @pytest.mark.parametrize("form", [OF_64, pytest.param(Format(4, 32), marks=LONG),
                                   pytest.param(Format(8, 128), marks=LONG)])  # fmt: skip
 def test_offsets_are_multiplied_by_exact_sums(
-    host: Host, form: Format, dtype: mx.Dtype, rows: int
+    host: Host, form: Format, dtype: mx.Dtype, size: float, rows: int
 ) -> None:
-    """A sum of a group is two numbers: of 16 bits in bfloat16, 22 in float16."""
+    """A sum of a group is two numbers, of 16 bits together."""
     inputs = form.step * 2
     made, _, _ = strips.random_weights_of(dtype, form, (16, inputs), biased=False)
     assert made.scales is not None
@@ -256,7 +266,7 @@ def test_offsets_are_multiplied_by_exact_sums(
     weight = mx.dequantize(
         given.weight, given.scales.astype(F32), given.biases.astype(F32), form.group_size, form.bits
     )  # fmt: skip
-    x = (mx.random.normal((rows, inputs), key=mx.random.key(2)) + 0.5).astype(dtype)
+    x = (size * (mx.random.normal((rows, inputs), key=mx.random.key(2)) + 0.5)).astype(dtype)
     plan = strips.plan(rows, inputs, form)
     assert plan is not None
     plan = replace(plan, parts=2, warps=min(plan.warps, inputs // 512))
@@ -293,6 +303,32 @@ def test_sums_of_the_largest_numbers_are_finite(host: Host, rows: int) -> None:
     expected = 65504 * np.array(full, np.float64).sum(axis=1)
     np.testing.assert_allclose(np.array(found), np.tile(expected, (rows, 1)), rtol=1e-3, atol=99)
     assert [body for body, _ in host.calls] == ["packed_strips"]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("name", "byte"), [
+    *(("MXFP4", 127 + power) for power in (-22, -12, 0, 2)),
+    *(("NVFP4", byte) for byte in (1, 8, 126, 129, 254)),
+])  # fmt: skip
+def test_floats_of_4_bits_are_exact(
+    host: Host, name: str, byte: int, dtype: mx.Dtype, rows: int
+) -> None:
+    """Products of codes and scales are numbers of the rows' type."""
+    form = stored(name)
+    assert form.blocks is not None
+    words = blocks.random_words(form.blocks, 16, 512)
+    words[:, 64 : 64 + 512 // form.group_size // 4] = byte * 0x01010101
+    given, *_ = strips.random_weights_of(dtype, form, (16, 512), biased=False)
+    made = replace(given, weight=mx.array(words))
+    plan = strips.plan(rows, 512, form)
+    assert plan is not None
+    x = mx.random.randint(-8, 9, (rows, 512), key=mx.random.key(6)).astype(dtype)
+    found = strips.multiply(x, made, replace(plan, parts=2, warps=1)).sum(axis=0)
+    full = np.array(blocks.computed_values(made.weight, form.blocks, F32), np.float64)
+    expected = np.array(x.astype(F32), np.float64) @ full.T
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-6)
+    assert np.abs(expected).max() > 0
 
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
