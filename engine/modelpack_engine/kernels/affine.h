@@ -33,8 +33,8 @@ struct PaAffine<__nv_bfloat16, BITS> {
   }
 };
 // The weights of a group, divided by WHOLE: (number - ZERO) * scale + offset, of pairs of codes below 128, of values, or of
-// floats whose bits begin at PLACE of a number, and whose scales have 8 or 4 bits of exponent. The caller multiplies scales by GAIN and offsets by LOSS. If ZERO is not 0,
-// it is a power of two, and there is no offset.
+// floats whose bits begin at PLACE of a number; for floats, NUMBERS is the bits of exponent of their scales, 8 or 4. The
+// caller multiplies scales by GAIN and offsets by LOSS. If ZERO is not 0, it is a power of two, and there is no offset.
 enum { PA_CODES, PA_VALUES };
 template <typename E, int ZERO, int NUMBERS>
 struct PaScaled {  // __half

@@ -1,4 +1,4 @@
-  // Matmuls of few rows with weights in GGUF's block types (blocks.h), by dot products: a simdgroup computes
+  // Matmuls of few rows with weights in block types (blocks.h), by dot products: a simdgroup computes
   // LINES outputs of ROWS rows. With EACH > 0, weights are those of experts, a row has EACH of them, and ROWS is 1.
   //   x [M, K] T   weight [N, words of a row] uint   bias [N] T (BIAS)   out [M, N] O
   //   EACH: weight [experts, N, words]   bias [experts, N]   chosen [M * EACH] uint   out [M * EACH, N]

@@ -1,4 +1,4 @@
-  // Units of weights in GGUF's block types (blocks.h), for strips.h: how they are copied to a stage.
+  // Units of weights in block types (blocks.h), for strips.h: how they are copied to a stage.
   //   weight [N, words of a row] uint
   // DIGITS: a lane reads a word at a time of a plane, otherwise all those of 32 weights.
   // WHOLE: a stage has whole rows, each of which is copied at once. A multiprocessor begins a copy about every 45 clocks

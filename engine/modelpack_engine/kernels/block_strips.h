@@ -1,4 +1,4 @@
-  // Weights in GGUF's block types, for strips.h: those of each chunk (block_chunk.h) become numbers of the type T.
+  // Weights in block types, for strips.h: those of each chunk (block_chunk.h) become numbers of the type T.
   constexpr int VECTORS = 8, GROUPS = UNIT / GROUP;
   constexpr bool SUMMED = false;
   constexpr float FACTOR = Scaled::WHOLE;

@@ -1,4 +1,4 @@
-  // Matmuls with weights in GGUF's block types (blocks.h) on tensor cores; CUDA only. Weights go from memory to
+  // Matmuls with weights in block types (blocks.h) on tensor cores; CUDA only. Weights go from memory to
   // registers, where they become numbers of the type T.
   //   x [M, K] T   weight [N, words of a row] uint   bias [N] T (BIAS)   out [M, N] O
   // EXPERTS: rows are sorted by expert, and a block has those of a span: its expert, first row and number of rows.

@@ -1,4 +1,4 @@
-  // The values of weights in GGUF's block types (blocks.h): each thread writes eight consecutive ones, and
+  // The values of weights in block types (blocks.h): each thread writes eight consecutive ones, and
   // threadgroups of NSG simdgroups follow each other along the rows.
   //   weight [N, words of a row] uint   out [N, K] T
   typedef PaVec<T, 8> Eight;

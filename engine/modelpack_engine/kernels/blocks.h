@@ -1,7 +1,7 @@
-// Weights in GGUF's block types, as layers/blocks.py lays them out. A row of K weights has a plane of LOW bits
-// of each code, one of HIGH bits, and one of scales: for each 256 weights, those of groups (bytes) and factors (float16). A word of a plane has 32 / BITS codes. Those of
-// weights 2 i and 2 i + 1 are 16 bits apart, so that both are read at once. Pairs i and i + 2 of an eight are 8 bits
-// apart in all planes, so that codes of four weights are read at once, too.
+// Weights in block types, GGUF's and floats of 4 bits, as layers/blocks.py lays them out. A row of K weights has a plane
+// of LOW bits of each code, one of HIGH bits, and one of scales: for each 256 weights, bytes of groups, then factors
+// (float16). A word of the first two has 32 / BITS codes. Those of weights 2 i and 2 i + 1 are 16 bits apart, so that both
+// are read at once. Pairs i and i + 2 of an eight are 8 bits apart, so that codes of four weights are read at once, too.
 // Of FLOATS, the signs of a pair are apart from the other bits (`place`).
 template <int LOW, int HIGH, bool FLOATS>
 struct PaBlocks {
