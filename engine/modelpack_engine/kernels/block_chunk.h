@@ -14,7 +14,7 @@
   auto pair_of = [&](const typename Codes::Low& low, const typename Codes::High& high, int i) {
     if constexpr (EXPONENT > 0) {
       const int by = Scaled::PLACE - Codes::place(i);
-      const unsigned word = low.e[i / 4], moved = by < 0 ? word >> (by < 0 ? -by : 0) : word << (by < 0 ? 0 : by);
+      const unsigned word = low.e[i / 4], moved = pa_moved(word, by);
       const unsigned mask = (7u << Scaled::PLACE) * 0x10001u;
       if (by == 15 - Codes::sign(i)) return moved & (mask | 0x80008000u);
       return pa_masked(word << (15 - Codes::sign(i)), 0x80008000u, moved & mask);

@@ -1,3 +1,8 @@
+// A word moved to the left, or by less than 0 to the right.
+PA_FUNCTION unsigned int pa_moved(unsigned int word, int by) {
+  return by < 0 ? word >> (by < 0 ? -by : 0) : word << (by < 0 ? 0 : by);
+}
+
 // Weights in block types, GGUF's and floats of 4 bits, as layers/blocks.py lays them out. A row of K weights has a plane
 // of LOW bits of each code, one of HIGH bits, and one of scales: for each 256 weights, bytes of groups, then factors
 // (float16). A word of the first two has 32 / BITS codes. Those of weights 2 i and 2 i + 1 are 16 bits apart, so that both
@@ -23,8 +28,7 @@ struct PaBlocks {
     if (FLOATS) return (low >> place(i) & 0x70007u) | (low >> (sign(i) - 3) & 0x80008u);
     const unsigned int found = low >> bit(LOW, i) & (unsigned int)(LOWS);
     if (HIGH == 0) return found;
-    const int by = bit(UPPER, i) - LOW;
-    return found | ((by < 0 ? high << (by < 0 ? -by : 0) : high >> (by < 0 ? 0 : by)) & (unsigned int)(HIGHS) << LOW);
+    return found | (pa_moved(high, LOW - bit(UPPER, i)) & (unsigned int)(HIGHS) << LOW);
   }
   static PA_FUNCTION unsigned int pair(Low low, High high, int i) {
     return codes(low.e[i * LOW / 16], HIGH > 0 ? high.e[i * HIGH / 16] : 0u, i);

@@ -4,9 +4,8 @@
   //   SUMMED: sums of groups of inputs are needed, of which a unit has GROUPS
   //   multiply_unit has sums as pa_mma has them
   constexpr bool DIRECT = KEPT && ROWS > 1;  // it reads them itself, and shared memory has weights instead
-  constexpr bool SHARED_SUMS = SUMMED && !DIRECT;
   constexpr int SUMS = 4;
-  constexpr int ROWS_BYTES = DIRECT ? 0 : D * ROWS * 2 + SHARED_SUMS * (D / GROUP * ROWS) * 4;
+  constexpr int ROWS_BYTES = DIRECT ? 0 : D * ROWS * 2 + SUMMED * (D / GROUP * ROWS) * 4;
   uint4* given = (uint4*)(pa_memory + STAGES * STAGE);  // the rows, in the order in which lanes read them
   unsigned* whole = (unsigned*)(given + D / 8 * ROWS);  // the two numbers of each sum of a group
   // A sum as two numbers, the second of which is what the first one lacks.

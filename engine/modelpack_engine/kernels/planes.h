@@ -12,8 +12,7 @@ struct PaPlane {
   }
   // The codes of weights 0, 4, 1 and 5 of an eight, or 2, 6, 3 and 7.
   static __device__ inline unsigned bytes(unsigned word, int i) {
-    const int by = TO - int(FIRST) - BITS * i;
-    return (by < 0 ? word >> (by < 0 ? -by : 0) : word << (by < 0 ? 0 : by)) & MASK;
+    return pa_moved(word, TO - int(FIRST) - BITS * i) & MASK;
   }
 };
 // The bytes of the table's 16 values for the codes of weights 0, 2, 4 and 6 of an eight, or of 1, 3, 5 and 7.

@@ -53,9 +53,8 @@ class Format:
 
     def in_digits(self, rows: int) -> bool:
         """Return whether so many rows are multiplied as digits (`kernels/digit_rows.h`)."""
-        if self.blocks is None or self.blocks.exponent:
-            return False
-        return rows <= _MOST_IN_DIGITS
+        kind = self.blocks
+        return kind is not None and not kind.exponent and rows <= _MOST_IN_DIGITS
 
     def stage_bytes(self, units: int, rows: int, *, whole: bool) -> int:
         """Return the bytes of a stage with so many units of 16 outputs, as the kernels lay it.
@@ -67,15 +66,11 @@ class Format:
             pad = self.group_size * self.bits // 8
             lines = codes + (pad if pad < 128 else 16)
             return 16 * lines + 32 * (scales + 16 * (scales % 32 == 0))
-        in_digits = self.in_digits(rows)
+        low, high = (1, 1) if self.in_digits(rows) else (kind.low, kind.high)
         if whole:
             row = -(-kind.words(units * _UNIT) * 4 // 128) * 128
-            return 16 * (row + (16 if in_digits else 16 * kind.low))
-        planes = sum(
-            units * 32 * bits + (16 if in_digits else 16 * bits)
-            for bits in (kind.low, kind.high)
-            if bits
-        )
+            return 16 * (row + 16 * low)
+        planes = units * 32 * (kind.low + kind.high) + 16 * (low + (high if kind.high else 0))
         return 16 * (planes + (units * kind.scale_bytes + 47) // 16 * 16)
 
     def row_bytes(self, inputs: int, rows: int, warps: int) -> int:

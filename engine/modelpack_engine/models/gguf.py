@@ -30,10 +30,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from modelpack.formats.adapter import Adapter
 from modelpack_engine.cpu import program
 from modelpack_engine.cpu.weights import PackedWeights
-from modelpack_engine.layers.blocks import (
-    BlockType,
-    layer_of,
-)
+from modelpack_engine.layers.blocks import BlockType, layer_of
 from modelpack_engine.models import gguf_blocks, load_progress, planes
 from modelpack_engine.models.adapter import merged_weight, read_layers
 from modelpack_engine.models.gguf_architectures import Targets, architecture_of
